@@ -1,0 +1,178 @@
+"""The eight methods of table 2 as plain eager PyTorch for one seed: nn.Sequential, autograd with double backward,
+torch.optim.Adam. Written from the papers and independent of gngan_synthetic.py: slow, and meant to be obviously
+right. The tests compare the script's steps with these; the benchmark compares its speed with `gngan`."""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Reference:
+    """Networks and optimisers of one seed, starting from the script's weights ({network: {"w0": [in, out], ...}})."""
+
+    def __init__(self, args, networks):
+        self.args = args
+        self.nets = {name: self.build(params) for name, params in networks.items()}
+        self.optimisers = {}
+
+    @staticmethod
+    def build(params):
+        layers = []
+        for k in range(len(params) // 2):
+            linear = nn.Linear(*params[f"w{k}"].shape, dtype=params[f"w{k}"].dtype)
+            with torch.no_grad():
+                linear.weight.copy_(params[f"w{k}"].T)
+                linear.bias.copy_(params[f"b{k}"][0])
+            layers += [linear, nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
+    def G(self, z):
+        out = self.nets["generator"](z)
+        return torch.sigmoid(out) if self.args.dim == 2 else out
+
+    def E(self, x):
+        return self.nets["encoder"](x)
+
+    def logit(self, x):
+        return self.nets["discriminator"](x)[:, 0]
+
+    def D(self, x):
+        return torch.sigmoid(self.logit(x))
+
+    def log_D(self, x):
+        return F.logsigmoid(self.logit(x))
+
+    def log_not_D(self, x):  # log(1 - D(x))
+        return F.logsigmoid(-self.logit(x))
+
+    def features(self, x):
+        return self.nets["discriminator"][:-1](x)
+
+    def posterior(self, x, noise):
+        mean, log_var = self.E(x).chunk(2, 1)
+        return mean + torch.exp(log_var / 2) * noise, mean, log_var
+
+    def penalty(self, x, fake, mix):
+        point = (mix * x + (1 - mix) * fake).detach().requires_grad_()
+        out = self.D(point) if self.args.penalty == "score" else self.logit(point)
+        grad, = torch.autograd.grad(out.sum(), point, create_graph=True)
+        square = grad**2
+        slope = (square.mean(1) if self.args.penalty == "rms" else square.sum(1)).sqrt()
+        return ((slope - 1) ** 2).mean()
+
+    def score_gradient(self, x):
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()
+        score = self.D(x)
+        grad, = torch.autograd.grad(score.sum(), x, create_graph=True)
+        return score, grad
+
+    def minimise(self, name, nets, loss):
+        if name not in self.optimisers:
+            parameters = [p for n in nets for p in self.nets[n].parameters()]
+            adam = torch.optim.Adam(parameters, self.args.lr, (self.args.beta1, self.args.beta2))
+            self.optimisers[name] = (adam, parameters)
+        optimiser, parameters = self.optimisers[name]
+        for p, g in zip(parameters, torch.autograd.grad(loss, parameters)):
+            p.grad = g
+        optimiser.step()
+
+    def step(self, batch):
+        """One iteration; batch: x, z [K, B, dim], mix [K, B, 1], noise [K, B, dim]."""
+        getattr(self, self.args.method)(**batch)
+
+    # each method
+
+    def gngan(self, x, z, mix, noise=None):
+        a = self.args
+        trained = ["encoder", "generator"] if a.autoencoder_updates == "both" else ["encoder"]
+        error = (x[0] - self.G(self.E(x[0]))) ** 2
+        self.minimise("autoencoder", trained, error.mean() if a.reconstruction == "mean" else error.sum(1).mean())
+        for xk, zk, mk in zip(x, z, mix):
+            with torch.no_grad():
+                reconstruction, fake = self.G(self.E(xk)), self.G(zk)
+            v_d = ((1 - a.alpha) * self.log_D(xk).mean() + a.alpha * self.log_D(reconstruction).mean()
+                   + self.log_not_D(fake).mean() - a.lambda_p * self.penalty(xk, fake, mk))
+            self.minimise("discriminator", ["discriminator"], -v_d)
+        x, z = x[0], z[0]
+        fake = self.G(z)
+        (score_x, grad_x), (score_f, grad_f) = self.score_gradient(x), self.score_gradient(fake)
+        v_g = (score_x.mean() - score_f.mean()).abs()
+        v_g = v_g + a.lambda_m1 * (grad_x.norm(dim=1).mean() - grad_f.norm(dim=1).mean()) ** 2
+        v_g = v_g + a.lambda_m2 * ((grad_x * x).sum(1).abs().mean() - (grad_f * fake).sum(1).abs().mean()) ** 2
+        self.minimise("generator", ["generator"], v_g)
+
+    def distgan(self, x, z, mix, noise=None):
+        a = self.args
+        code, fake = self.E(x[0]), self.G(z[0])
+        reconstruction = self.G(code)
+        if a.dim == 2:
+            error = F.binary_cross_entropy(reconstruction, x[0])
+            data = (reconstruction - fake).mean()
+        else:
+            error = ((x[0] - reconstruction) ** 2).sum(1).mean()
+            data = (x[0] - fake).mean()
+        trained = ["encoder", "generator"] if a.autoencoder_updates == "both" else ["encoder"]
+        self.minimise("autoencoder", trained, error + a.lambda_r * (data - (code - z[0]).mean()) ** 2)
+        for xk, zk, mk in zip(x, z, mix):
+            with torch.no_grad():
+                reconstruction, fake = self.G(self.E(xk)), self.G(zk)
+            label = self.log_D if a.distgan_reconstruction == "real" else self.log_not_D
+            loss = -0.5 * self.log_D(xk).mean() - 0.5 * label(reconstruction).mean() - self.log_not_D(fake).mean()
+            self.minimise("discriminator", ["discriminator"], loss + a.lambda_p * self.penalty(xk, fake, mk))
+        self.minimise("generator", ["generator"], (self.D(x[0]).mean() - self.D(self.G(z[0])).mean()).abs())
+
+    def gan(self, x, z, mix, noise=None):
+        s = self.args.label_smoothing
+        for xk, zk in zip(x, z):
+            fake = self.G(zk).detach()
+            loss = -(1 - s) * self.log_D(xk).mean() - s * self.log_not_D(xk).mean() - self.log_not_D(fake).mean()
+            self.minimise("discriminator", ["discriminator"], loss)
+        self.minimise("generator", ["generator"], -self.log_D(self.G(z[0])).mean())
+
+    def wgangp(self, x, z, mix, noise=None):
+        for xk, zk, mk in zip(x, z, mix):
+            fake = self.G(zk).detach()
+            loss = self.logit(fake).mean() - self.logit(xk).mean() + self.args.lambda_p * self.penalty(xk, fake, mk)
+            self.minimise("discriminator", ["discriminator"], loss)
+        self.minimise("generator", ["generator"], -self.logit(self.G(z[0])).mean())
+
+    def ali(self, x, z, mix, noise):
+        s = self.args.label_smoothing
+        for xk, zk, nk in zip(x, z, noise):
+            encoded, generated = torch.cat([xk, self.posterior(xk, nk)[0]], 1), torch.cat([self.G(zk), zk], 1)
+            loss = -(1 - s) * self.log_D(encoded).mean() - s * self.log_not_D(encoded).mean()
+            loss = loss - self.log_not_D(generated).mean()
+            self.minimise("discriminator", ["discriminator"], loss)
+        encoded, generated = torch.cat([x[0], self.posterior(x[0], noise[0])[0]], 1), torch.cat([self.G(z[0]), z[0]], 1)
+        loss = -self.log_not_D(encoded).mean() - self.log_D(generated).mean()
+        self.minimise("autoencoder", ["encoder", "generator"], loss)
+
+    def kl(self, mean, log_var):
+        variance = torch.exp(log_var)
+        return (0.5 * (variance + mean**2 - 1 - torch.log(variance))).sum(1).mean()
+
+    def vaegan(self, x, z, mix, noise):
+        a = self.args
+        code, mean, log_var = self.posterior(x[0], noise[0])
+
+        def feature(y):
+            return 0.5 * ((self.features(x[0]) - self.features(y)) ** 2).sum(1).mean()
+
+        self.minimise("encoder", ["encoder"], a.vaegan_kl * self.kl(mean, log_var) + feature(self.G(code)))
+        reconstruction = self.G(self.posterior(x[0], noise[0])[0])
+        loss = a.vaegan_gamma * feature(reconstruction)
+        loss = loss - self.log_D(reconstruction).mean() - self.log_D(self.G(z[0])).mean()
+        self.minimise("generator", ["generator"], loss)
+        for xk, zk, nk in zip(x, z, noise):
+            reconstruction, fake = self.G(self.posterior(xk, nk)[0]).detach(), self.G(zk).detach()
+            loss = -self.log_D(xk).mean() - self.log_not_D(reconstruction).mean() - self.log_not_D(fake).mean()
+            self.minimise("discriminator", ["discriminator"], loss)
+
+    def vae(self, x, z, mix, noise, beta=1.0):
+        code, mean, log_var = self.posterior(x[0], noise[0])
+        likelihood = torch.distributions.Normal(self.G(code), self.args.vae_sigma)
+        negative = -likelihood.log_prob(x[0]).sum(1).mean()
+        self.minimise("autoencoder", ["encoder", "generator"], negative + beta * self.kl(mean, log_var))
+
+    def betavae(self, x, z, mix, noise):
+        self.vae(x, z, mix, noise, self.args.vae_beta)
