@@ -363,7 +363,7 @@ def check_picture(path, *colours):
     assert 100 <= picture.shape[0] <= 1200 and 150 <= picture.shape[1] <= 2000, picture.shape
     for colour in colours:
         near = np.abs(picture - COLOURS[colour]).max(-1) < 60
-        assert near.sum() > 25, f"{path.name}: nothing {colour}"
+        assert near.sum() > 50, f"{path.name}: nothing {colour}"
 
 
 @pytest.mark.parametrize("dim,method", CASES)
