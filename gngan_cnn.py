@@ -1,0 +1,957 @@
+"""GN-GAN with SN-GAN's CNN on images, after "Improving GAN with Neighbors Embedding and Gradient Matching"
+(Tran, Bui and Cheung, AAAI 2019): its CIFAR-10 and STL-10 results with the CNN, figures 5 and 7, Dist-GAN.
+
+    python gngan_cnn.py                                     # CIFAR-10, log loss, 350,000 iterations
+    python gngan_cnn.py --dataset stl10 --hinge             # STL-10 at 48x48, hinge loss: the paper's FID of 30.80
+    python gngan_cnn.py --dataset folder --data-dir photos.zip --width 0.25 --precision bf16   # any images, on a CPU
+
+An encoder E, a generator G and a discriminator D. Each iteration draws one mini-batch x and one z for three updates:
+
+    E, G   reconstruct x from E(x), and keep neighbours: latents that lie close give images that lie close (Eq. 1)
+    D      tells x (and, as a little share of the reals, G(E(x))) from G(z), under a gradient penalty (Eq. 7 or 8)
+    G      matches D's mean score of x and G(z), and how steep D is around both (Eq. 13)
+
+What to expect: see README.md, "GN-GAN on images".
+"""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import pathlib
+import platform
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from typing import Callable, Literal, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from common import UserError, datasets, reason, write_atomically
+
+SCRIPT = pathlib.Path(__file__).stem
+Discriminate = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> logits [B]
+
+
+# ----------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # run
+    seed: int = 1
+    """Of the initial weights, the order of the data and every draw."""
+    iterations: Optional[int] = None
+    """Updates of G. Default: 350,000; 200,000 with --hinge [paper]."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """tf32: on a GPU, matrix products in TF32. bf16: the networks under autocast, also on a CPU; losses in fp32."""
+    compile: bool = False
+    """torch.compile the losses (a minute or more at the start)."""
+    cuda_graph: bool = True
+    """On a GPU: capture one iteration as a CUDA graph and replay it. Without effect on a CPU."""
+    channels_last: bool = True
+    """Keep images and weights in the channels-last layout, in which most convolutions are faster."""
+    deterministic: bool = False
+    """On a GPU: deterministic algorithms only, so that a resumed run repeats bit for bit (a CPU always does)."""
+    run_dir: str = "runs"
+    """The folder for run folders."""
+    run_name: Optional[str] = None
+    """The run folder's name. Default: {dataset}__{script}__{seed}__{time}."""
+    resume: Optional[str] = None
+    """A run folder or its checkpoint.pt: goes on there, with the arguments saved in it."""
+    evaluate: Optional[str] = None
+    """A run folder, checkpoint.pt or generator.pt: print its scores as one line of JSON; train nothing."""
+    generate: Optional[str] = None
+    """A run folder, checkpoint.pt or generator.pt: write --num-images generated images to --out; train nothing."""
+    num_images: int = 64
+    """With --generate: how many."""
+    out: str = "generated"
+    """With --generate: a folder for PNGs, or x.npy for one uint8 array [N, H, W, C]."""
+    # data
+    dataset: Literal["cifar10", "stl10", "folder"] = "cifar10"
+    """folder: a directory (recursive) or .zip of images, centre-cropped to squares and resized to --image-size."""
+    data_dir: str = "data"
+    """Where data sets are kept and downloaded to; with folder, the directory or .zip itself."""
+    image_size: Optional[int] = None
+    """Height and width, a multiple of 8. Default: 32; stl10: 48 [paper]."""
+    # model
+    width: float = 1.0
+    """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
+    latent_dim: int = 128
+    """Dimensions of z ~ U(-1, 1) [paper; the distribution: authors' code]."""
+    # loss
+    hinge: bool = False
+    """Eq. 8 instead of Eq. 7 for D."""
+    neighbor_embedding: bool = True
+    """V_R (Eq. 2-6) in the autoencoder's loss; without an autoencoder in G's, on z and G(z) alone (figure 7)."""
+    gradient_matching: bool = True
+    """G's loss is Eq. 13; without: its first term alone, or, without an autoencoder too, GAN's non-saturating loss."""
+    autoencoder: bool = True
+    """The autoencoder's update and V_C of Eq. 7; without: figure 7's standard GAN."""
+    distgan: bool = False
+    """The baseline Dist-GAN (Tran, Bui and Cheung 2018): no neighbour embedding, no gradient matching."""
+    lambda_p: Optional[float] = None
+    """Weight of the gradient penalty V_P. Default: 1 [paper]; 0 without an autoencoder [ours]."""
+    lambda_r: float = 1.0
+    """Weight of V_R [paper]; of Dist-GAN's latent-data distance."""
+    lambda_m1: float = 1.0
+    """Weight of the gradient norms' term of Eq. 13 [paper]."""
+    lambda_m2: float = 1.0
+    """Weight of the inner products' term of Eq. 13 [paper]."""
+    alpha: float = 0.05
+    """Share of the reconstructions among the reals of Eq. 7 [paper]."""
+    alpha_schedule: Literal["constant", "falling"] = "constant"
+    """falling: alpha goes linearly to 0 between T/2 and 3T/4, as in the authors' Dist-GAN code."""
+    penalty: Literal["l2", "rms"] = "l2"
+    """V_P's norm of the logit's gradient: L2 (the formula) or root mean square over pixels (the authors' code)."""
+    autoencoder_updates: Literal["both", "encoder"] = "both"
+    """The autoencoder's update trains E and G (the paper) or E alone (the authors' code)."""
+    # optimisation
+    batch_size: int = 64
+    """Images a mini-batch [paper]."""
+    lr: float = 2e-4
+    """Adam's learning rate [paper]."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """linear: times max(0, min(1 - t/T, 0.5)), as in the authors' ResNet code."""
+    beta1: float = 0.5
+    """Adam's first decay [paper]."""
+    beta2: float = 0.9
+    """Adam's second decay [paper]."""
+    ema: float = 0.0
+    """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
+    # logging
+    log_every: int = 100
+    """Iterations between lines in TensorBoard; 0: none."""
+    sample_every: int = 5000
+    """Iterations between grids of samples; 0: none."""
+    eval_every: int = 10000
+    """Iterations between evaluations (and one at the end); 0: none, and no Inception weights needed."""
+    checkpoint_every: int = 1000
+    """Iterations between checkpoints; 0: only at the end and on SIGINT or SIGTERM."""
+    num_real: int = 10000
+    """Real images for FID [authors' code]."""
+    num_fake: int = 5000
+    """Generated images for FID and the Inception Score [authors' code]."""
+    inception_weights: Optional[str] = None
+    """torch-fidelity's Inception weights; default: downloaded once."""
+
+
+def resolve(args: Args) -> Args:
+    """The arguments with every default filled in that depends on another, and Dist-GAN's switches."""
+    if args.distgan:
+        args = dataclasses.replace(args, neighbor_embedding=False, gradient_matching=False)
+    defaults = {"iterations": 200_000 if args.hinge else 350_000, "image_size": 48 if args.dataset == "stl10" else 32,
+                "lambda_p": 1.0 if args.autoencoder else 0.0}
+    return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+
+
+# ------------------------------------------------------------------------------------------------------ networks
+def leaky_relu(x: Tensor, slope: float) -> Tensor:
+    """Leaky ReLU whose second derivative autograd knows to be zero: F.leaky_relu's would send a gradient of zeros
+    through all of D once more whenever a loss holds D's input gradient."""
+    return x * torch.where(x > 0, 1.0, slope).to(x.dtype)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that always normalises a training batch by its own statistics, but moves the running ones only when
+    told to: by G(z), never by G(E(x)), so that they describe what is sampled."""
+
+    def forward(self, x: Tensor, update: bool) -> Tensor:
+        if self.training and not update:
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return super().forward(x)
+
+
+class Generator(nn.Module):
+    """z [B, latent_dim] -> images [B, 3, size, size] in [0, 1]; the notation is for size 32, width 1."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.side = args.image_size // 8
+        widths = [max(1, round(c * args.width)) for c in (1024, 512, 256, 128)]
+        self.linear = nn.Linear(args.latent_dim, widths[0] * self.side**2)
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False) for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(BatchNorm(c) for c in widths[1:])
+        self.last = nn.Conv2d(widths[-1], 3, 3, 1, 1)
+        init_weights(self)
+
+    def forward(self, z: Tensor, update_statistics: bool = False) -> Tensor:
+        x = F.relu(self.linear(z)).unflatten(1, (-1, self.side, self.side))  # [B, 1024, 4, 4]
+        x = x.contiguous(memory_format=memory_format(self.last.weight))
+        for up, norm in zip(self.ups, self.norms):  # [B, 512, 8, 8], [B, 256, 16, 16], [B, 128, 32, 32]
+            x = F.relu(norm(up(x), update_statistics))
+        return torch.sigmoid(self.last(x).float())  # in fp32: bf16 has 256 steps in [0.5, 1], too few for a sigmoid
+
+
+class Discriminator(nn.Module):
+    """images [B, 3, size, size] -> logits [B]; the score D(x) is their sigmoid. No normalisation."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        widths = [3] + [max(1, round(c * args.width)) for c in (64, 64, 128, 128, 256, 256, 512)]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) if i % 2 else nn.Conv2d(a, b, 3, 1, 1)
+                                   for i, (a, b) in enumerate(zip(widths, widths[1:])))
+        self.linear = nn.Linear(widths[-1] * (args.image_size // 8) ** 2, 1)
+        init_weights(self)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last convolution's map, [B, 512, 4, 4]."""
+        for conv in self.convs:  # 64 at 32x32, 64 at 16x16, 128, 128 at 8x8, 256, 256 at 4x4, 512
+            x = leaky_relu(conv(x), 0.1)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x).flatten(1))[:, 0]
+
+
+class Encoder(nn.Module):
+    """images [B, 3, size, size] -> latents [B, latent_dim]: the authors' encoder for CIFAR-10 at size 32, and theirs
+    for STL-10 at others. Its batch norm has no running statistics, since E is of use in training only."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+
+        def block(a: int, b: int, kernel: int, slope: float) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(a, b, kernel, 2, kernel // 2 if kernel == 5 else 1, bias=False),
+                                 nn.BatchNorm2d(b, track_running_stats=False), nn.LeakyReLU(slope))
+
+        if args.image_size == 32:
+            widths = [max(1, round(c * args.width)) for c in (128, 256, 512)]  # at 16x16, 8x8, 4x4
+            first = [nn.Conv2d(3, widths[0], 5, 2, 2), nn.LeakyReLU(0.2)]
+            blocks = [block(a, b, 5, 0.2) for a, b in zip(widths, widths[1:])]
+        else:
+            widths = [max(1, round(c * args.width)) for c in (128, 256, 512, 1024)]  # at 48x48, 24x24, 12x12, 6x6
+            first = [nn.Conv2d(3, widths[0], 3, 1, 1), nn.ReLU()]
+            blocks = [block(a, b, 4, 0.1) for a, b in zip(widths, widths[1:])]
+        self.convs = nn.Sequential(*first, *blocks)
+        self.linear = nn.Linear(widths[-1] * (args.image_size // 8) ** 2, args.latent_dim)
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.convs(x).flatten(1)).float()
+
+
+def init_weights(network: nn.Module) -> None:
+    """Xavier's uniform initialisation, zero biases [authors' code]."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """The layout that a network's weights [out, in, k, k] are in."""
+    last = weight.shape[1] > 1 and weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+# -------------------------------------------------------------------------------------------------------- losses
+def norm(v: Tensor) -> Tensor:
+    """L2 norm of each sample of v [B, ...] in fp32, [B]; the small constant keeps its gradient finite at 0."""
+    return (v.float().flatten(1).square().sum(1) + 1e-12).sqrt()
+
+
+def logit_and_gradient(discriminator: Discriminate, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B] of images [B, C, H, W] and each one's gradient with respect to its image [B, C, H, W].
+
+    Samples must not depend on each other in D (no batch norm), so the gradient of the sum holds each one's own.
+    """
+    def total(x: Tensor) -> tuple[Tensor, Tensor]:
+        logit = discriminator(x)
+        return logit.sum(), logit
+
+    gradient, (_, logit) = torch.func.grad_and_value(total, has_aux=True)(x)
+    return logit, gradient
+
+
+def pairwise_affinities(points: Tensor) -> Tensor:
+    """p_ij of Eq. 3 and 4 for points [n, d], [n, n]: symmetric, zero on the diagonal, summing to 1.
+
+    sigma^2 is the variance of the pairwise distances, a constant without gradient [ours: the paper calls sigma the
+    variance and squares it].
+    """
+    points = points - points.mean(0)  # smaller numbers, so less is lost in the difference below
+    squares = points.square().sum(1)
+    others = ~torch.eye(len(points), dtype=torch.bool, device=points.device)
+    distances = (squares[:, None] + squares - 2 * points @ points.mT).clamp_min(0) * others  # squared
+    with torch.no_grad():
+        count, lengths = len(points) * (len(points) - 1), distances.sqrt()
+        mean = lengths.sum() / count
+        variance = ((lengths - mean).square() * others).sum() / count
+    similarity = others / (1 + distances / (2 * variance + 1e-12))
+    conditional = similarity / similarity.sum(0)  # column i: p_{j|i}
+    return (conditional + conditional.mT) / (2 * len(points))
+
+
+def neighbor_embedding(latents: Tensor, images: Tensor) -> Tensor:
+    """V_R = sum_ij p_ij log(p_ij / q_ij) (Eq. 2-6), in fp32.
+
+    latents [n, d], images [n, C, H, W] generated from them: p over the latents, q over the images. Its gradient
+    reaches both. Identical points give finite gradients.
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        p, q = (pairwise_affinities(x.float().flatten(1)) for x in (latents, images))
+        others = ~torch.eye(len(p), dtype=torch.bool, device=p.device)
+        p, q = torch.where(others, p, 1.0), torch.where(others, q, 1.0)  # log 1 = 0 where i = j
+        return (p * (p.log() - q.log())).sum()
+
+
+def reconstruction_error(x: Tensor, y: Tensor) -> Tensor:
+    """||x - y||^2 (Eq. 1) as its mean over batch and pixels [authors' code], scalar."""
+    return (x - y).square().mean()
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, reconstruction: Optional[Tensor] = None,
+                       alpha: Tensor | float = 0.0, hinge: bool = False) -> Tensor:
+    """-V_D of Eq. 7 (hinge: Eq. 8) without its penalty, for logits [B] of real, generated and, with an autoencoder,
+    reconstructed images; reconstructions count as real. Scalar."""
+    if hinge:  # D here is the sigmoid score: it stays inside (-1, 1), so min(0, -1 + D) is never cut, nor -1 - D
+        terms = [1 - torch.sigmoid(v).mean() for v in (real, reconstruction) if v is not None]
+        fake_term = 1 + torch.sigmoid(fake).mean()
+    else:
+        terms = [F.softplus(-v).mean() for v in (real, reconstruction) if v is not None]  # -E log D
+        fake_term = F.softplus(fake).mean()  # -E log (1 - D)
+    return fake_term + (terms[0] if reconstruction is None else (1 - alpha) * terms[0] + alpha * terms[1])
+
+
+def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mix: Tensor,
+                     penalty: str = "l2") -> Tensor:
+    """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8), of the logit; scalar.
+
+    real, fake [B, C, H, W]; mix [B, 1, 1, 1] from U(0, 1). penalty: l2, or rms: the norm over sqrt(C H W).
+    """
+    point = mix * real + (1 - mix) * fake
+    slope = norm(logit_and_gradient(discriminator, point)[1])
+    if penalty == "rms":
+        slope = slope / math.sqrt(point[0].numel())
+    return (slope - 1).square().mean()
+
+
+def gradient_matching(discriminator: Discriminate, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three terms of V_G (Eq. 13) before their weights, with the norms inside the expectations: |E D(x) - E D(G)|,
+    (E ||grad D(x)|| - E ||grad D(G)||)^2 and (E |grad D(x)'x| - E |grad D(G)'G|)^2; scalars.
+
+    D here is the sigmoid score, whose gradient is D (1 - D) times the logit's. The logit of a piecewise linear D has
+    a gradient that does not change with x, so G learns by D (1 - D) and by the x in the product.
+    """
+    def terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logit, gradient = logit_and_gradient(discriminator, x)
+        score = torch.sigmoid(logit.float())
+        slope = score * (1 - score)
+        inner = (gradient.float() * x.float()).flatten(1).sum(1)
+        return score.mean(), (slope * norm(gradient)).mean(), (slope * inner.abs()).mean()
+
+    with torch.no_grad():  # the real side has no way to G
+        score_real, norm_real, inner_real = terms(real)
+    score_fake, norm_fake, inner_fake = terms(fake)
+    return (score_real - score_fake).abs(), (norm_real - norm_fake).square(), (inner_real - inner_fake).square()
+
+
+def latent_data_distance(x: Tensor, y: Tensor, latent: Tensor, z: Tensor) -> Tensor:
+    """Dist-GAN: (E[x - y] - w E[latent - z])^2 with w = sqrt(d_z / d_x), the means over batch and coordinates; x and y
+    [B, ...] are D's features of reconstructed and generated images. Scalar."""
+    weight = math.sqrt(z[0].numel() / x[0].numel())
+    return ((x - y).mean() - weight * (latent - z).mean()).square()
+
+
+# ---------------------------------------------------------------------------------------------------- train step
+def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
+    """E, G and D, drawn on the CPU from args.seed, so that every device starts from the same weights."""
+    torch.manual_seed(args.seed)
+    networks = nn.ModuleDict({"generator": Generator(args), "discriminator": Discriminator(args)})
+    if args.autoencoder:
+        networks["encoder"] = Encoder(args)
+    if args.ema:
+        networks["generator_ema"] = copy.deepcopy(networks["generator"]).requires_grad_(False).eval()
+    return networks.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+
+
+def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.optim.Adam]:
+    """One Adam an update; where the autoencoder's trains G too, G has two sets of moments, as in the authors' code."""
+    trained = {"discriminator": ["discriminator"], "generator": ["generator"]}
+    if args.autoencoder:
+        trained["autoencoder"] = ["encoder"] if args.autoencoder_updates == "encoder" else ["encoder", "generator"]
+    device = next(networks.parameters()).device
+    return {update: torch.optim.Adam([p for n in names for p in networks[n].parameters()],
+                                     lr=torch.tensor(args.lr, device=device), betas=(args.beta1, args.beta2),
+                                     fused=True, capturable=device.type == "cuda")
+            for update, names in trained.items()}
+
+
+def learning_rate(args: Args, iteration: int) -> float:
+    """The learning rate of an iteration, counted from 0."""
+    return args.lr * (max(0.0, min(1 - iteration / args.iterations, 0.5)) if args.lr_schedule == "linear" else 1.0)
+
+
+def reconstruction_share(args: Args, iteration: int) -> float:
+    """Eq. 7's alpha in an iteration, counted from 0: constant, or falling to 0 between T/2 and 3T/4."""
+    falling = min(max(3 - 4 * iteration / args.iterations, 0.0), 1.0)
+    return args.alpha * (falling if args.alpha_schedule == "falling" else 1.0)
+
+
+def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam],
+                    rng: torch.Generator) -> Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+    """`train_step(images, alpha, finite)`: one iteration of Algorithm 1, in place; returns its losses, scalars.
+
+    images: uint8 [B, 3, H, W]; alpha: scalar; finite: a bool that turns False, and stays so, when a loss is not
+    finite. z and mix are drawn from `rng`. Nothing in it waits for the device.
+    """
+    device = next(networks.parameters()).device
+    G, D, E = networks["generator"], networks["discriminator"], networks["encoder"] if args.autoencoder else None
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+
+    # Autocast around each forward pass alone: losses stay in fp32, and the bf16 copies of the weights that a region
+    # keeps end with it, so that none is older than the last update.
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    def generate(z: Tensor, update_statistics: bool = False) -> Tensor:
+        with autocast():
+            return G(z, update_statistics)
+
+    def encode(x: Tensor) -> Tensor:
+        with autocast():
+            return E(x)
+
+    def discriminate(x: Tensor) -> Tensor:
+        with autocast():
+            return D(x).float()
+
+    def features(x: Tensor) -> Tensor:
+        with autocast():
+            return D.features(x).float()
+
+    def autoencoder_objective(x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 1
+        latent = encode(x)
+        reconstruction = generate(latent)
+        if args.distgan:
+            fake = generate(z)
+            real_map, rebuilt_map, fake_map = (features(v) for v in (x, reconstruction, fake))
+            error = reconstruction_error(real_map, rebuilt_map)
+            distance = latent_data_distance(rebuilt_map, fake_map, latent, z)
+            loss = error + args.lambda_r * distance
+            return loss, {"autoencoder": loss, "reconstruction": error, "latent_data_distance": distance}
+        error = reconstruction_error(x, reconstruction)
+        if not args.neighbor_embedding:
+            return error, {"autoencoder": error, "reconstruction": error}
+        embedding = neighbor_embedding(torch.cat([latent, z]), torch.cat([reconstruction, generate(z)]))
+        loss = error + args.lambda_r * embedding
+        return loss, {"autoencoder": loss, "reconstruction": error, "neighbor_embedding": embedding}
+
+    def reconstruct(x: Tensor) -> Tensor:
+        return generate(encode(x))
+
+    def discriminator_objective(x: Tensor, fake: Tensor, reconstruction: Optional[Tensor], mix: Tensor,
+                                alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 7, 8
+        parts = [x, fake] if reconstruction is None else [x, fake, reconstruction]
+        loss = discriminator_loss(*discriminate(torch.cat(parts)).split(len(x)), alpha=alpha, hinge=args.hinge)
+        if not args.lambda_p:
+            return loss, {"discriminator": loss}
+        penalty = gradient_penalty(discriminate, x, fake, mix, args.penalty)
+        loss = loss + args.lambda_p * penalty
+        return loss, {"discriminator": loss, "gradient_penalty": penalty}
+
+    def generator_objective(x: Tensor, z: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 13
+        terms = {}
+        if args.gradient_matching:
+            score_term, norm_term, inner_term = gradient_matching(discriminate, x, fake)
+            loss = score_term + args.lambda_m1 * norm_term + args.lambda_m2 * inner_term
+            terms = {"score_matching": score_term, "norm_matching": norm_term, "inner_matching": inner_term}
+        elif args.autoencoder:
+            with torch.no_grad():
+                real = torch.sigmoid(discriminate(x)).mean()
+            loss = (real - torch.sigmoid(discriminate(fake)).mean()).abs()
+        else:
+            logit = discriminate(fake)
+            loss = -torch.sigmoid(logit).mean() if args.hinge else F.softplus(-logit).mean()
+        if args.neighbor_embedding and not args.autoencoder:
+            embedding = neighbor_embedding(z, fake)
+            loss = loss + args.lambda_r * embedding
+            terms["neighbor_embedding"] = embedding
+        return loss, {"generator": loss, **terms}
+
+    if args.compile:  # the losses, not the loop: optimisers and draws stay outside
+        options = {"fullgraph": True, "dynamic": False}
+        autoencoder_objective = torch.compile(autoencoder_objective, **options)
+        discriminator_objective = torch.compile(discriminator_objective, **options)
+        generator_objective = torch.compile(generator_objective, **options)
+        generate_fake, reconstruct = torch.compile(generate, **options), torch.compile(reconstruct, **options)
+    else:
+        generate_fake = generate
+
+    def update(name: str, loss: Tensor) -> None:
+        parameters = [p for group in optimizers[name].param_groups for p in group["params"]]
+        optimizers[name].zero_grad()
+        loss.backward(inputs=parameters)
+        optimizers[name].step()
+
+    # Operations of one iteration on CIFAR-10 at batch 64, counted by torch's FlopCounterMode (2 a multiply-add):
+    # OPERATIONS_HERE
+    def train_step(images: Tensor, alpha: Tensor, finite: Tensor) -> dict[str, Tensor]:
+        x = images.to(torch.float32, memory_format=layout) / 255
+        z = torch.rand(len(x), args.latent_dim, generator=rng, device=device) * 2 - 1
+        mix = torch.rand(len(x), 1, 1, 1, generator=rng, device=device)
+        losses, reconstruction = {}, None
+        D.requires_grad_(False)
+        if args.autoencoder:
+            loss, terms = autoencoder_objective(x, z)
+            update("autoencoder", loss)
+            losses.update(terms)
+            with torch.no_grad():
+                reconstruction = reconstruct(x)
+        fake = generate_fake(z, update_statistics=True)  # one forward pass for D's update and, its graph kept, for G's
+        D.requires_grad_(True)
+        loss, terms = discriminator_objective(x, fake.detach(), reconstruction, mix, alpha)
+        update("discriminator", loss)
+        losses.update(terms)
+        D.requires_grad_(False)
+        loss, terms = generator_objective(x, z, fake)
+        update("generator", loss)
+        losses.update(terms)
+        if args.ema:
+            averages, weights = (networks[n].state_dict() for n in ("generator_ema", "generator"))
+            for name, average in averages.items():
+                if average.is_floating_point():
+                    average.lerp_(weights[name], 1 - args.ema)
+        losses = {name: value.detach() for name, value in losses.items()}
+        finite.logical_and_(torch.stack(list(losses.values())).isfinite().all())
+        return losses
+
+    return train_step
+
+
+class GraphedStep:
+    """train_step captured once as a CUDA graph and replayed: one launch an iteration instead of hundreds.
+
+    The warm-up that a capture needs is undone, so that a run starts from the same weights, moments and draws as without
+    a graph. Calls copy into the buffers that the graph reads; the losses returned are overwritten by the next call.
+    """
+
+    def __init__(self, train_step: Callable, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam],
+                 rng: torch.Generator, images: Tensor, alpha: Tensor, finite: Tensor):
+        self.images, self.alpha = images.clone(), alpha
+
+        def tensors() -> list[Tensor]:  # Adam makes its moments at the first step
+            moments = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
+            return [*networks.state_dict(keep_vars=True).values(), finite, *moments]
+
+        before = {v.data_ptr(): v.detach().clone() for v in tensors()}
+        draws = rng.get_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                train_step(self.images, alpha, finite)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            for v in tensors():
+                v.copy_(before[v.data_ptr()]) if v.data_ptr() in before else v.zero_()
+        rng.set_state(draws)
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(rng)
+        with torch.cuda.graph(self.graph):
+            self.losses = train_step(self.images, alpha, finite)
+
+    def __call__(self, images: Tensor, alpha: Tensor, finite: Tensor) -> dict[str, Tensor]:
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.losses
+
+
+# ---------------------------------------------------------------------------------------------- data and samples
+class Batches:
+    """An endless stream of mini-batches of a data set, in a new order every pass; a pass's last one is filled up from
+    the next pass. `position` and `rng_before` are all that a checkpoint needs."""
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, device: torch.device):
+        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+            images = images.to(device)  # gathered there; a set too large for it is gathered in the host's memory
+        self.images, self.batch_size, self.device = images, batch_size, device
+        self.rng = torch.Generator().manual_seed(seed)
+        self.shuffle()
+
+    def shuffle(self) -> None:
+        self.rng_before, self.position = self.rng.get_state(), 0
+        self.order = torch.randperm(len(self.images), generator=self.rng).to(self.images.device)
+
+    def next(self) -> Tensor:
+        """uint8 [B, C, H, W]."""
+        index = self.order[self.position : self.position + self.batch_size]
+        self.position += self.batch_size
+        if len(index) < self.batch_size:
+            missing = self.batch_size - len(index)
+            self.shuffle()
+            index, self.position = torch.cat([index, self.order[:missing]]), missing
+        return self.images.index_select(0, index).to(self.device, non_blocking=True)
+
+    def state_dict(self) -> dict:
+        return {"rng_before": self.rng_before, "position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rng.set_state(state["rng_before"])
+        self.shuffle()
+        self.position = state["position"]
+
+
+@torch.no_grad()
+def sample_images(generator: Generator, z: Tensor, precision: str) -> Tensor:
+    """G(z) in evaluation mode as uint8 [n, 3, H, W]."""
+    mode = generator.training
+    generator.eval()
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        x = generator(z)
+    generator.train(mode)
+    return (x * 255 + 0.5).clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def make_sampler(generator: Generator, args: Args, device: torch.device) -> Callable[[int], Tensor]:
+    """A function from n to n images, uint8 [n, 3, H, W], whose draws are its own: the same for every evaluation of a
+    seed, and none of training's (a generator takes 32 bits of its seed; these differ from training's in the highest).
+    """
+    rng = torch.Generator(device).manual_seed(2**31 + args.seed)
+
+    def sample(n: int) -> Tensor:
+        z = torch.rand(n, args.latent_dim, generator=rng, device=device) * 2 - 1
+        return sample_images(generator, z, args.precision)
+
+    return sample
+
+
+# ------------------------------------------------------------------------------------------ arguments and files
+def load_checkpoint(path: str) -> tuple[pathlib.Path, dict]:
+    """The file and the contents of a checkpoint.pt or generator.pt, given the file or its run folder."""
+    file = pathlib.Path(path)
+    file = file / "checkpoint.pt" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}: give a run folder or its checkpoint.pt")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes torch.load raise
+        raise UserError(f"cannot read the checkpoint {file}: {reason(error)}") from None
+    if not isinstance(checkpoint, dict) or not {"script", "args", "resolved"} <= checkpoint.keys():
+        raise UserError(f"{file} is not a checkpoint of {SCRIPT}.py")
+    if checkpoint["script"] != SCRIPT:
+        raise UserError(f"{file} is a checkpoint of {checkpoint['script']}.py, not of {SCRIPT}.py")
+    return file, checkpoint
+
+
+# What may differ from a checkpoint's run: where things are and how often one looks, nothing that training computes.
+FREE = {"device", "compile", "cuda_graph", "deterministic", "run_dir", "run_name", "resume", "evaluate", "generate",
+        "num_images", "out", "data_dir", "log_every", "sample_every", "eval_every", "checkpoint_every", "num_real",
+        "num_fake", "inception_weights"}
+
+
+def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[pathlib.Path], Optional[dict]]:
+    """Arguments as given and resolved, checked; with --resume, --evaluate or --generate also the checkpoint's path and
+    contents. Such a run takes the saved arguments; one given by hand that would change it must agree with them."""
+    def parse(default: Args) -> Args:
+        return tyro.cli(Args, args=argv, default=default, description=__doc__)
+
+    args, file, checkpoint = parse(Args()), None, None
+    paths = [p for p in (args.resume, args.evaluate, args.generate) if p is not None]
+    if len(paths) > 1:
+        raise UserError("--resume, --evaluate and --generate exclude each other")
+    if paths:
+        file, checkpoint = load_checkpoint(paths[0])
+        names = {f.name for f in dataclasses.fields(Args)}
+        saved = Args(**{k: v for k, v in checkpoint["args"].items() if k in names})
+        args = parse(saved)
+        free = set(FREE)
+        if saved.lr_schedule == "constant" and saved.alpha_schedule == "constant":
+            free.add("iterations")  # no schedule depends on the planned number: a run can be made longer
+        if not args.resume:
+            free |= {"seed", "dataset", "precision", "channels_last"}
+        differing = [f"--{k.replace('_', '-')} ({getattr(saved, k)} in the checkpoint, {getattr(args, k)} here)"
+                     for k in sorted(names - free) if getattr(args, k) != getattr(saved, k)]
+        if differing:
+            raise UserError(f"{paths[0]} is of another setting: {', '.join(differing)}; "
+                            "leave these flags out, or start a new run without the checkpoint")
+        if args.resume and "networks" not in checkpoint:
+            raise UserError(f"{file} holds G alone: give --resume the run folder or its checkpoint.pt")
+    opposite = parse(dataclasses.replace(args, neighbor_embedding=not args.neighbor_embedding,
+                                         gradient_matching=not args.gradient_matching))
+    for name in ("neighbor_embedding", "gradient_matching"):  # given by hand: it does not follow the default
+        if args.distgan and getattr(opposite, name) == getattr(args, name):
+            raise UserError(f"--distgan has no {name.replace('_', ' ')}: leave --[no-]{name.replace('_', '-')} out")
+    if args.distgan and not args.autoencoder:
+        raise UserError("--distgan needs its autoencoder: leave --no-autoencoder out")
+    resolved = resolve(args)
+    for name, low in (("seed", 0), ("iterations", 1), ("batch_size", 2), ("latent_dim", 1), ("image_size", 16),
+                      ("log_every", 0), ("sample_every", 0), ("eval_every", 0), ("checkpoint_every", 0),
+                      ("num_real", 2), ("num_fake", 10), ("num_images", 1)):
+        if getattr(resolved, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be {low} or more")
+    for name in ("lambda_p", "lambda_r", "lambda_m1", "lambda_m2", "alpha", "lr", "width"):
+        if not (0 <= getattr(resolved, name) < math.inf) or name in ("lr", "width") and not getattr(resolved, name):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be a number "
+                            f"{'above' if name in ('lr', 'width') else 'from'} 0")
+    for name in ("alpha", "ema", "beta1", "beta2"):
+        if not 0 <= getattr(resolved, name) < 1:
+            raise UserError(f"--{name} is {getattr(resolved, name)}: it must be at least 0 and below 1")
+    if resolved.image_size % 8:
+        raise UserError(f"--image-size is {resolved.image_size}: it must be a multiple of 8")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    return args, resolved, file, checkpoint
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds what it needs on a CPU: a C++ compiler and Python's headers."""
+    compilers = [c for c in (os.environ.get("CXX"), "g++", "clang++", "cl") if c]
+    headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
+    return any(map(shutil.which, compilers)) and headers.exists()
+
+
+class Run:
+    """A run folder: args.json, metrics.jsonl, TensorBoard's events, samples/, checkpoint.pt and generator.pt."""
+
+    def __init__(self, args: Args, resolved: Args, file: Optional[pathlib.Path]):
+        self.args, self.resolved = args, resolved
+        self.records: list[dict] = []  # the lines of metrics.jsonl
+        if file is None:
+            name = args.run_name or f"{args.dataset}__{SCRIPT}__{args.seed}__{int(time.time())}"
+            self.folder = pathlib.Path(args.run_dir) / name
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                raise UserError(f"{self.folder} exists: choose another --run-name, or go on with it by "
+                                f"--resume {self.folder}") from None
+            except OSError as error:
+                raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}; "
+                                "choose another --run-dir") from None
+        else:
+            self.folder = file.parent
+        self.lock = os.open(self.folder, os.O_RDONLY)  # let go by the system when the process ends, however it ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {self.folder}") from None
+        except OSError:
+            pass  # a file system without locks
+        for leftover in self.folder.glob("*.tmp"):  # of a process killed while it wrote
+            leftover.unlink(missing_ok=True)
+
+    def start(self, records: list[dict], iteration: int) -> None:
+        """Write args.json, bring metrics.jsonl and TensorBoard back to `iteration`."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        setting = {"script": SCRIPT, "args": dataclasses.asdict(self.args), "versions": versions,
+                   "resolved": dataclasses.asdict(self.resolved)}
+        self.write("args.json", lambda p: p.write_text(json.dumps(setting, indent=2) + "\n"))
+        self.records = records
+        self.write("metrics.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
+        (self.folder / "samples").mkdir(exist_ok=True)
+        self.writer = SummaryWriter(str(self.folder), purge_step=iteration + 1)
+
+    def write(self, name: str, write: Callable[[pathlib.Path], None]) -> None:
+        write_atomically(self.folder / name, write, f"make room and go on with --resume {self.folder}; ")
+
+    def log_scores(self, record: dict) -> None:
+        """A line of metrics.jsonl and its points in TensorBoard."""
+        self.records.append(record)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.writer.add_scalar("metrics/fid", record["fid"], record["iteration"])
+        self.writer.add_scalar("metrics/is", record["is_mean"], record["iteration"])
+
+    def save(self, networks: nn.ModuleDict, state: dict) -> None:
+        """checkpoint.pt: everything that training goes on from; generator.pt: G (its average with --ema) alone."""
+        self.writer.flush()
+        head = {"script": SCRIPT, "args": dataclasses.asdict(self.args), "iteration": state["iteration"],
+                "resolved": dataclasses.asdict(self.resolved)}
+        contents = {**head, **state, "networks": networks.state_dict(), "records": self.records}
+        self.write("checkpoint.pt", lambda p: torch.save(contents, p))
+        generator = networks["generator_ema" if self.args.ema else "generator"]
+        self.write("generator.pt", lambda p: torch.save({**head, "generator": generator.state_dict()}, p))
+
+
+# --------------------------------------------------------------------------------------------------------- main
+def choose_device(args: Args) -> torch.device:
+    """The device, with PyTorch's switches set for args.precision and args.deterministic."""
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        allow = args.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
+        torch.backends.cudnn.benchmark = not args.deterministic
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+    return device
+
+
+def load_generator(args: Args, checkpoint: dict, device: torch.device) -> Generator:
+    """G of a checkpoint.pt (its average with --ema) or generator.pt."""
+    generator = Generator(args).to(device)
+    if "generator" in checkpoint:
+        state = checkpoint["generator"]
+    else:
+        prefix = "generator_ema." if args.ema else "generator."
+        state = {k.removeprefix(prefix): v for k, v in checkpoint["networks"].items() if k.startswith(prefix)}
+    generator.load_state_dict(state)
+    return generator
+
+
+def write_images(sample: Callable[[int], Tensor], args: Args) -> None:
+    """--generate: args.num_images PNGs in the folder args.out, or, if it ends in .npy, one uint8 array [N, H, W, C]."""
+    batches = (sample(min(100, args.num_images - start)).permute(0, 2, 3, 1).cpu().numpy()
+               for start in tqdm(range(0, args.num_images, 100), "generating", dynamic_ncols=True))
+    out = pathlib.Path(args.out)
+    try:
+        if out.suffix == ".npy":
+            out.parent.mkdir(parents=True, exist_ok=True)
+            np.save(out, np.concatenate(list(batches)))
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(image for batch in batches for image in batch):
+                Image.fromarray(image).save(out / f"{i:06d}.png")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from None
+    print(f"{args.num_images} images in {out}")
+
+
+def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, evaluator, device: torch.device,
+          stop: list[int]) -> str:
+    """Train to args.iterations, or until a signal is in `stop`; returns the final scores in words."""
+    networks = init_networks(args, device)
+    optimizers = init_optimizers(args, networks)
+    batches = Batches(images, args.batch_size, args.seed, device)
+    rng = torch.Generator(device).manual_seed(args.seed)
+    start, seconds = 0, 0.0
+    if checkpoint is not None:
+        networks.load_state_dict(checkpoint["networks"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(checkpoint["optimizers"][name])
+        batches.load_state_dict(checkpoint["batches"])
+        rng.set_state(checkpoint["rng"])
+        start, seconds = checkpoint["iteration"], checkpoint["seconds"]
+    run.start(checkpoint["records"] if checkpoint else [], start)
+    alpha, finite = torch.tensor(args.alpha, device=device), torch.tensor(True, device=device)
+    generator = networks["generator_ema" if args.ema else "generator"]
+    fixed_noise = torch.rand(64, args.latent_dim, generator=torch.Generator().manual_seed(2**31 + args.seed)) * 2 - 1
+    fixed_noise = fixed_noise.to(device)
+    train_step = make_train_step(args, networks, optimizers, rng)
+    if args.cuda_graph and device.type == "cuda" and start < args.iterations:
+        batch = images[: args.batch_size].to(device)
+        train_step = GraphedStep(train_step, networks, optimizers, rng, batch, alpha, finite)
+
+    def check_finite(iteration: int) -> None:
+        if not finite.item():
+            saved = run.folder / "checkpoint.pt"
+            last = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
+            raise UserError(f"training diverged: a loss was not finite by iteration {iteration}; {last}; "
+                            "try a smaller --lr")
+
+    def save(iteration: int) -> None:
+        check_finite(iteration)
+        run.save(networks, {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
+                            "optimizers": {n: o.state_dict() for n, o in optimizers.items()},
+                            "batches": batches.state_dict(), "rng": rng.get_state()})
+
+    begin = clock = time.perf_counter()
+    counted, pause, rate = start, 0.0, 0.0  # for images_per_second: since the last log, without what is not training
+    with run.writer, tqdm(total=args.iterations, initial=start, desc=run.folder.name[:32], unit="it", mininterval=0.5,
+                          dynamic_ncols=True, postfix="compiling" if args.compile else None) as bar:
+        for iteration in range(start + 1, args.iterations + 1):
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"].fill_(learning_rate(args, iteration - 1))
+            alpha.fill_(reconstruction_share(args, iteration - 1))
+            losses = train_step(batches.next(), alpha, finite)
+            bar.update()
+            last = iteration == args.iterations or bool(stop)
+
+            def due(every: int) -> bool:
+                return every > 0 and (iteration % every == 0 or iteration == args.iterations)
+
+            if due(args.log_every):
+                values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
+                now = time.perf_counter()
+                rate = (iteration - counted) * args.batch_size / max(now - clock - pause, 1e-9)
+                counted, clock, pause = iteration, now, 0.0
+                check_finite(iteration)
+                for name, value in values.items():
+                    run.writer.add_scalar(f"losses/{name}", value, iteration)
+                run.writer.add_scalar("charts/images_per_second", rate, iteration)
+                bar.set_postfix({k[:2]: f"{values[k]:.3f}" for k in ("autoencoder", "discriminator", "generator")
+                                 if k in values}, refresh=False)
+            began = time.perf_counter()
+            if due(args.sample_every):
+                grid = make_grid(sample_images(generator, fixed_noise, args.precision), 8)
+                Image.fromarray(grid.permute(1, 2, 0).cpu().numpy()).save(run.folder / f"samples/{iteration:08d}.png")
+                run.writer.add_image("images/samples", grid, iteration)
+            if evaluator and due(args.eval_every):
+                check_finite(iteration)
+                scores = evaluator.score(make_sampler(generator, args, device), args.num_fake)
+                run.log_scores({"iteration": iteration, **scores, "images_per_second": round(rate, 2),
+                                "seconds": round(seconds + time.perf_counter() - begin, 2)})
+            if due(args.checkpoint_every) or last:
+                save(iteration)
+            pause += time.perf_counter() - began
+            if last:
+                break
+    if not run.records:
+        return "no evaluation yet" if args.eval_every else "no scores, --eval-every 0"
+    scores = run.records[-1]
+    return (f"FID {scores['fid']:.2f}, IS {scores['is_mean']:.2f} ± {scores['is_std']:.2f} "
+            f"at iteration {scores['iteration']}")
+
+
+def main() -> int:
+    given, args, file, checkpoint = parse_args()
+    if args.compile and not can_compile():
+        print(f"{SCRIPT}.py: no C++ compiler or no Python headers: training uncompiled "
+              "(Debian, Ubuntu: apt install g++ python3-dev)", file=sys.stderr)
+        args = dataclasses.replace(args, compile=False)
+    device = choose_device(args)
+    stop: list[int] = []  # the signal, if one came: the iteration is finished and everything saved
+    training = not (args.evaluate or args.generate)
+    if args.generate:
+        write_images(make_sampler(load_generator(args, checkpoint, device), args, device), args)
+        return 0
+    run = Run(given, args, file) if training else None
+    try:
+        images = datasets.load(args.dataset, args.data_dir, args.image_size)
+        if len(images) < args.batch_size:
+            raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
+        evaluator = None
+        if args.evaluate or args.eval_every:
+            from common import metrics  # its Inception takes seconds to import
+            evaluator = metrics.Evaluator(images, args.num_real, args.inception_weights, device)
+    except BaseException:
+        if training and file is None:
+            run.folder.rmdir()  # nothing was trained: leave no empty folder
+        raise
+    if args.evaluate:
+        sample = make_sampler(load_generator(args, checkpoint, device), args, device)
+        print(json.dumps({"iteration": checkpoint["iteration"], **evaluator.score(sample, args.num_fake)}))
+        return 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    scores = train(run, args, checkpoint, images, evaluator, device, stop)
+    if stop:
+        print(f"{run.folder}: stopped ({scores}); go on with --resume {run.folder}")
+        return 128 + stop[0]
+    print(f"{run.folder}: {args.iterations} iterations, {scores}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
