@@ -41,6 +41,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from common import UserError, reason, write_atomically
+
+SCRIPT = pathlib.Path(__file__).stem
 Params = dict[str, Tensor]  # one network: w0 [S, in, out], b0 [S, 1, out], w1, b1, ...
 Networks = dict[str, Params]
 
@@ -150,10 +153,6 @@ class Args:
     # logging
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: only at the end and on SIGINT or SIGTERM."""
-
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit status 2."""
 
 
 def resolve(args: Args, method: str) -> Args:
@@ -819,21 +818,6 @@ def plot_figures(run: pathlib.Path, models: dict[str, dict], records: list[dict]
 
 
 # --------------------------------------------------------------------------------------------------- checkpoint
-def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """Write through a temporary file in the same folder, so that a crash or a full disk leaves the old file whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot write {path}: {reason}; make room and go on with --resume {path.parent} "
-                        "(a file that was there before is unchanged)") from None
-
-
 def load_checkpoint(path: str) -> tuple[pathlib.Path, dict]:
     """The run folder and the contents of a checkpoint, given the folder or the file."""
     file = pathlib.Path(path)
@@ -843,10 +827,9 @@ def load_checkpoint(path: str) -> tuple[pathlib.Path, dict]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes torch.load raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read the checkpoint {file}: {reason}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != "gngan_synthetic" or "args" not in checkpoint:
-        raise UserError(f"{file} is not a checkpoint of gngan_synthetic.py")
+        raise UserError(f"cannot read the checkpoint {file}: {reason(error)}") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT or "args" not in checkpoint:
+        raise UserError(f"{file} is not a checkpoint of {SCRIPT}.py")
     return file.parent, checkpoint
 
 
@@ -904,7 +887,7 @@ class Run:
         self.progress: Optional[dict] = None
         self.resolved = {m: resolve(args, m) for m in self.methods}
         if checkpoint is None:
-            name = args.run_name or f"synthetic{args.dim}d__gngan_synthetic__{args.seed}__{int(time.time())}"
+            name = args.run_name or f"synthetic{args.dim}d__{SCRIPT}__{args.seed}__{int(time.time())}"
             self.folder = pathlib.Path(args.run_dir) / name
             try:
                 self.folder.mkdir(parents=True)
@@ -915,26 +898,29 @@ class Run:
                 raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}; "
                                 "choose another --run-dir") from None
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-            setting = {"script": "gngan_synthetic", "args": dataclasses.asdict(args), "versions": versions,
+            setting = {"script": SCRIPT, "args": dataclasses.asdict(args), "versions": versions,
                        "resolved": {m: dataclasses.asdict(a) for m, a in self.resolved.items()}}
-            write_atomically(self.folder / "args.json", lambda p: p.write_text(json.dumps(setting, indent=2) + "\n"))
+            self.write("args.json", lambda p: p.write_text(json.dumps(setting, indent=2) + "\n"))
         else:
             self.folder, self.models, self.records = folder, checkpoint["models"], checkpoint["records"]
             self.progress = checkpoint["progress"]
             # the saved values, so that a default changed since does not change a run half-way
             self.resolved = {m: Args(**values) for m, values in checkpoint["resolved"].items()}
         lines = "".join(json.dumps(r) + "\n" for r in self.records)  # drops lines after the checkpoint
-        write_atomically(self.folder / "metrics.jsonl", lambda p: p.write_text(lines))
+        self.write("metrics.jsonl", lambda p: p.write_text(lines))
         self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
+
+    def write(self, name: str, write: Callable[[pathlib.Path], None]) -> None:
+        write_atomically(self.folder / name, write, f"make room and go on with --resume {self.folder}; ")
 
     def save(self, progress: Optional[dict]) -> None:
         """Write checkpoint.pt, unless training has diverged: then the old one is the last good one."""
         if progress is not None:
             check_finite(progress["state"], progress["epoch"], self)
-        contents = {"script": "gngan_synthetic", "args": dataclasses.asdict(self.args), "progress": progress,
+        contents = {"script": SCRIPT, "args": dataclasses.asdict(self.args), "progress": progress,
                     "resolved": {m: dataclasses.asdict(a) for m, a in self.resolved.items()},
                     "models": self.models, "records": self.records}
-        write_atomically(self.folder / "checkpoint.pt", lambda p: torch.save(contents, p))
+        self.write("checkpoint.pt", lambda p: torch.save(contents, p))
 
     def finish(self, current: dict[str, dict]) -> str:
         """Write results.json and the figures, print the table; `current`: a method that was interrupted."""
@@ -942,7 +928,7 @@ class Run:
         if not models:
             return "no evaluation yet"
         results = {m: summarize(self.records, m, models[m]["seconds"]) for m in models}
-        write_atomically(self.folder / "results.json", lambda p: p.write_text(json.dumps(results, indent=2) + "\n"))
+        self.write("results.json", lambda p: p.write_text(json.dumps(results, indent=2) + "\n"))
         plot_figures(self.folder, models, self.records, self.args)
         print(table(results, self.args))
         return ", ".join(f"{TITLES[m]} {r['modes']['mean']:.2f} modes {r['points']['mean']:.1f} points"
@@ -1061,7 +1047,7 @@ def train(run: Run, method: str, device: torch.device, data: tuple[Tensor, Tenso
 def main() -> int:
     args, folder, checkpoint = parse_args()
     if args.compile and not can_compile():
-        print("gngan_synthetic.py: no C++ compiler or no Python headers: training uncompiled, several times slower "
+        print(f"{SCRIPT}.py: no C++ compiler or no Python headers: training uncompiled, several times slower "
               "(Debian, Ubuntu: apt install g++ python3-dev)", file=sys.stderr)
         args = dataclasses.replace(args, compile=False)
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -1084,5 +1070,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (UserError, OSError) as error:
-        print(f"gngan_synthetic.py: error: {error}", file=sys.stderr)
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         sys.exit(2)

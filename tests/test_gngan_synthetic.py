@@ -2,58 +2,24 @@
 import json
 import math
 import os
-import pathlib
-import resource
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from compare import assert_same, flat
+from launcher import Process, run
 from PIL import Image
 from reference_synthetic import Reference
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gngan_synthetic as script
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 METHODS_2D = list(script.TITLES)
 CASES = [(2, m) for m in METHODS_2D] + [(1, m) for m in script.METHODS_1D]
+SCRIPT = "gngan_synthetic.py"
 TINY = ["--epochs", "2", "--num-seeds", "2", "--hidden-dim", "8", "--batch-size", "2500"]
-
-
-def command(*arguments, **kwargs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # networks this small only lose by waiting for each other
-    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **kwargs}
-    return subprocess.Popen([sys.executable, str(ROOT / "gngan_synthetic.py"), *map(str, arguments)], **kwargs)
-
-
-def run(*arguments, status=0, **kwargs):
-    process = command(*arguments, **kwargs)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == status, err
-    return out, err
-
-
-def flat(tree, prefix=""):
-    """Every tensor and number in a nested checkpoint, by path."""
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        items = enumerate(tree)
-    else:
-        return {prefix: tree}
-    return {k: v for key, value in items for k, v in flat(value, f"{prefix}/{key}").items()}
-
-
-def assert_same(a, b, but=()):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    for key in a:
-        if not key.endswith(but):
-            assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], key
 
 
 def make_args(method="gngan", dim=2, **kwargs):
@@ -368,7 +334,8 @@ def check_picture(path, *colours):
 
 @pytest.mark.parametrize("dim,method", CASES)
 def test_every_method_runs(tmp_path, dim, method):
-    out, _ = run("--dim", dim, "--method", method, *TINY, "--run-dir", tmp_path, "--run-name", "r", "--ema", "0.9")
+    given = ["--dim", dim, "--method", method, *TINY, "--run-dir", tmp_path, "--run-name", "r", "--ema", "0.9"]
+    out, _ = run(SCRIPT, *given)
     folder = tmp_path / "r"
     setting = json.loads((folder / "args.json").read_text())
     assert setting["args"]["method"] == method and setting["versions"]["torch"] == torch.__version__
@@ -403,7 +370,7 @@ def test_every_method_runs(tmp_path, dim, method):
 
 
 def test_all_methods_in_one_run(tmp_path):
-    out, _ = run("--method", "all", *TINY, "--run-dir", tmp_path, "--run-name", "r")
+    out, _ = run(SCRIPT, "--method", "all", *TINY, "--run-dir", tmp_path, "--run-name", "r")
     assert list(json.loads((tmp_path / "r/results.json").read_text())) == METHODS_2D
     for method, figures in script.PAPER.items():
         row = next(line for line in out.splitlines() if line.startswith(script.TITLES[method] + "  "))
@@ -424,7 +391,7 @@ LONGER = ["--epochs", "40", "--num-seeds", "2", "--batch-size", "2500", "--hidde
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
-    run(*LONGER, "--run-dir", folder, "--run-name", "r")
+    run(SCRIPT, *LONGER, "--run-dir", folder, "--run-name", "r")
     return folder / "r"
 
 
@@ -441,7 +408,7 @@ def wait_for_lines(path, more, process):
 def test_resume_is_exact(tmp_path, straight, number):
     """Interrupted (twice) and resumed: the same weights, moments, generators' states and metrics, bit for bit."""
     metrics = tmp_path / "r/metrics.jsonl"
-    process = command(*LONGER, "--run-dir", tmp_path, "--run-name", "r", "--checkpoint-every", "3")
+    process = Process(SCRIPT, *LONGER, "--run-dir", tmp_path, "--run-name", "r", "--checkpoint-every", "3")
     for more in (5, 8):  # a killed run starts again from the checkpoint of epoch 3: its file first grows shorter
         wait_for_lines(metrics, more, process)
         process.send_signal(number)
@@ -449,7 +416,7 @@ def test_resume_is_exact(tmp_path, straight, number):
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
         if number != signal.SIGKILL:
             assert (tmp_path / "r/samples.png").exists() and (tmp_path / "r/results.json").exists()
-        process = command("--resume", tmp_path / "r")
+        process = Process(SCRIPT, "--resume", tmp_path / "r")
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     resumed, expected = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path / "r", straight))
@@ -463,20 +430,20 @@ def test_resume_is_exact(tmp_path, straight, number):
 def test_a_signal_at_the_end_of_an_epoch(tmp_path):
     """With one iteration an epoch every signal comes at an epoch's end, where evaluation is still due."""
     arguments = ["--dim", "1", "--batch-size", "6400", "--epochs", "100", "--num-seeds", "1"]
-    run(*arguments, "--run-dir", tmp_path, "--run-name", "a")
-    process = command(*arguments, "--run-dir", tmp_path, "--run-name", "b")
+    run(SCRIPT, *arguments, "--run-dir", tmp_path, "--run-name", "a")
+    process = Process(SCRIPT, *arguments, "--run-dir", tmp_path, "--run-name", "b")
     wait_for_lines(tmp_path / "b/metrics.jsonl", 10, process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    run("--resume", tmp_path / "b")
+    run(SCRIPT, "--resume", tmp_path / "b")
     a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in "ab")
     assert_same(a, b, but=("seconds", "run_dir", "run_name", "resume"))
 
 
 def test_a_seed_alone(tmp_path):
-    run(*TINY, "--num-seeds", "3", "--run-dir", tmp_path, "--run-name", "three")
-    run(*TINY, "--num-seeds", "1", "--seed", "3", "--run-dir", tmp_path, "--run-name", "one")
+    run(SCRIPT, *TINY, "--num-seeds", "3", "--run-dir", tmp_path, "--run-name", "three")
+    run(SCRIPT, *TINY, "--num-seeds", "1", "--seed", "3", "--run-dir", tmp_path, "--run-name", "one")
     three, one = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("three", "one"))
     for key, value in flat(one["models"]["gngan"]["networks"]).items():
         torch.testing.assert_close(flat(three["models"]["gngan"]["networks"])[key][2], value[0], rtol=1e-3, atol=1e-4)
@@ -484,12 +451,12 @@ def test_a_seed_alone(tmp_path):
 
 def test_resume_in_the_middle_of_all_methods(tmp_path):
     arguments = ["--method", "all", "--dim", "1", "--epochs", "4", "--num-seeds", "2", "--batch-size", "160"]
-    run(*arguments, "--run-dir", tmp_path, "--run-name", "a")
-    process = command(*arguments, "--run-dir", tmp_path, "--run-name", "b")
+    run(SCRIPT, *arguments, "--run-dir", tmp_path, "--run-name", "a")
+    process = Process(SCRIPT, *arguments, "--run-dir", tmp_path, "--run-name", "b")
     wait_for_lines(tmp_path / "b/metrics.jsonl", 5, process)  # in the second method
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    run("--resume", tmp_path / "b" / "checkpoint.pt")
+    run(SCRIPT, "--resume", tmp_path / "b" / "checkpoint.pt")
     a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in "ab")
     assert_same(a, b, but=("seconds", "run_dir", "run_name", "resume"))
 
@@ -503,20 +470,20 @@ def test_resume_in_the_middle_of_all_methods(tmp_path):
     (["--resume", "nowhere"], ["nowhere", "checkpoint.pt"]),
 ])
 def test_errors_are_one_line(arguments, words):
-    _, err = run(*arguments, status=2)
+    _, err = run(SCRIPT, *arguments, status=2)
     assert err.startswith("gngan_synthetic.py: error: ") and len(err.splitlines()) == 1
     assert all(w in err for w in words)
 
 
 def test_resume_errors(tmp_path, straight):
-    _, err = run("--resume", straight, "--num-seeds", "5", "--lr", "0.1", status=2)
+    _, err = run(SCRIPT, "--resume", straight, "--num-seeds", "5", "--lr", "0.1", status=2)
     assert "--num-seeds (2 in the checkpoint, 5 here)" in err and "--lr" in err and len(err.splitlines()) == 1
     (tmp_path / "checkpoint.pt").write_bytes((straight / "checkpoint.pt").read_bytes()[:2000])
-    assert "cannot read the checkpoint" in run("--resume", tmp_path, status=2)[1]
+    assert "cannot read the checkpoint" in run(SCRIPT, "--resume", tmp_path, status=2)[1]
     (tmp_path / "checkpoint.pt").write_bytes(b"")
-    assert "cannot read the checkpoint" in run("--resume", tmp_path, status=2)[1]
+    assert "cannot read the checkpoint" in run(SCRIPT, "--resume", tmp_path, status=2)[1]
     torch.save({"script": "another"}, tmp_path / "checkpoint.pt")
-    assert "not a checkpoint of gngan_synthetic.py" in run("--resume", tmp_path, status=2)[1]
+    assert "not a checkpoint of gngan_synthetic.py" in run(SCRIPT, "--resume", tmp_path, status=2)[1]
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -525,19 +492,19 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"script": "gngan_synthetic", "x": Evil()}, tmp_path / "checkpoint.pt")
-    _, err = run("--resume", tmp_path, status=2)
+    _, err = run(SCRIPT, "--resume", tmp_path, status=2)
     assert "cannot read the checkpoint" in err and not (tmp_path / "executed").exists()
 
 
 def test_an_existing_run_is_not_overwritten(straight):
     before = (straight / "metrics.jsonl").read_text()
-    _, err = run(*TINY, "--run-dir", straight.parent, "--run-name", "r", status=2)
+    _, err = run(SCRIPT, *TINY, "--run-dir", straight.parent, "--run-name", "r", status=2)
     assert "exists" in err and "--run-name" in err
     assert (straight / "metrics.jsonl").read_text() == before
 
 
 def test_diverged_run_stops(tmp_path):
-    _, err = run(*TINY, "--lr", "1e30", "--run-dir", tmp_path, status=2)
+    _, err = run(SCRIPT, *TINY, "--lr", "1e30", "--run-dir", tmp_path, status=2)
     assert "not finite at iteration" in err and "no checkpoint" in err and err.splitlines()[-1].startswith("gngan_syn")
     assert not list(tmp_path.glob("*/checkpoint.pt"))
 
@@ -555,16 +522,14 @@ def test_a_diverged_state_does_not_replace_the_checkpoint(tmp_path):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
-    def limit():  # a file may not grow beyond 20 kB: TensorBoard's and the metrics fit, the checkpoint does not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-
-    process = command(*LONGER, "--run-dir", tmp_path, "--run-name", "r", "--checkpoint-every", "1")
+    process = Process(SCRIPT, *LONGER, "--run-dir", tmp_path, "--run-name", "r", "--checkpoint-every", "1")
     wait_for_lines(tmp_path / "r/metrics.jsonl", 3, process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     before = (tmp_path / "r/checkpoint.pt").read_bytes()
     assert len(before) > 20000
-    _, err = run("--resume", tmp_path / "r", status=2, preexec_fn=limit)
+    # no file may grow beyond 20 kB: TensorBoard's and the metrics fit, the checkpoint does not
+    _, err = run(SCRIPT, "--resume", tmp_path / "r", status=2, file_limit=20000)
     last = err.splitlines()[-1]
     assert last.startswith("gngan_synthetic.py: error: cannot write") and "checkpoint.pt" in last
     assert "Traceback" not in err

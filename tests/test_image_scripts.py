@@ -1,0 +1,375 @@
+"""The image scripts as users run them: run folders, resuming, kills, errors, scores, generated images."""
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import make_data
+import numpy as np
+import pytest
+import torch
+from compare import assert_same
+from launcher import ROOT, Process, run
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCRIPTS = ["gngan_cnn.py"]
+TINY = ["--width", "0.03125", "--batch-size", "8", "--latent-dim", "8", "--eval-every", "0"]
+SETTINGS = {
+    "gngan_cnn.py": [[f"--{'' if ne else 'no-'}neighbor-embedding", f"--{'' if gm else 'no-'}gradient-matching",
+                      f"--{'' if ae else 'no-'}autoencoder"] for ne in (1, 0) for gm in (1, 0) for ae in (1, 0)]
+    + [["--distgan"], ["--hinge"], ["--hinge", "--distgan"], ["--ema", "0.9"], ["--precision", "bf16"],
+       ["--no-channels-last"], ["--penalty", "rms"], ["--autoencoder-updates", "encoder"], ["--image-size", "48"],
+       ["--alpha-schedule", "falling", "--lr-schedule", "linear"]],
+}
+CASES = [(s, x) for s in SCRIPTS for x in SETTINGS[s]]
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+UNLIKE = ("seconds", "images_per_second", "run_dir", "run_name", "resume", "checkpoint_every")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return make_data.image_zip(tmp_path_factory.mktemp("images") / "photos.zip", 40)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    return make_data.inception_weights(tmp_path_factory.mktemp("inception") / "inception.pth")
+
+
+def same_checkpoints(a, b, but=UNLIKE):
+    assert_same(*(torch.load(f / "checkpoint.pt", weights_only=True) for f in (a, b)), but=but)
+
+
+def arguments(data, folder, name, *more):
+    return ["--dataset", "folder", "--data-dir", data, *TINY, "--run-dir", folder, "--run-name", name, *more]
+
+
+def scalars(folder, tag):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events.Scalars(tag)
+
+
+# --------------------------------------------------------------------------------------------------- a whole run
+@pytest.mark.parametrize("script,setting", CASES)
+def test_every_setting_trains(script, setting, data, tmp_path):
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 2, "--log-every", 1, *setting))
+    metrics = json.loads((tmp_path / "r/args.json").read_text())
+    assert metrics["args"]["iterations"] == metrics["resolved"]["iterations"] == 2
+    assert all(math.isfinite(e.value) for e in scalars(tmp_path / "r", "losses/generator"))
+    networks = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["networks"]
+    assert all(v.isfinite().all() for v in networks.values())
+
+
+@every_script
+def test_the_run_folder(script, data, weights, tmp_path):
+    """Everything that the design promises, scores included; then --evaluate and --generate from it."""
+    scored = ["--eval-every", 4, "--num-real", 12, "--num-fake", 10, "--inception-weights", weights]
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    given = arguments(data, tmp_path, "r", "--iterations", 4, "--log-every", 2, "--sample-every", 2, *scored)
+    out, err = run(script, *given, environment=environment)
+    folder = tmp_path / "r"
+    setting = json.loads((folder / "args.json").read_text())
+    assert setting["script"] == script.removesuffix(".py") and setting["versions"]["torch"] == torch.__version__
+    assert setting["args"]["dataset"] == "folder" and setting["resolved"]["image_size"] == 32
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [4]
+    assert set(lines[0]) == {"iteration", "fid", "is_mean", "is_std", "seconds", "images_per_second"}
+    assert lines[0]["fid"] > 0 and lines[0]["is_mean"] >= 1 and lines[0]["images_per_second"] > 0
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == ["00000002.png", "00000004.png"]
+    grid = np.asarray(Image.open(folder / "samples/00000004.png"))
+    assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3) and grid.std() > 1
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [e.step for e in events.Scalars("losses/discriminator")] == [2, 4]
+    assert [e.step for e in events.Images("images/samples")] == [2, 4]
+    assert [e.step for e in events.Scalars("charts/images_per_second")] == [2, 4]
+    assert events.Scalars("metrics/fid")[0].value == pytest.approx(lines[0]["fid"], rel=1e-5)
+    assert events.Scalars("metrics/is")[0].step == 4
+    last = out.splitlines()[-1]
+    assert last.startswith(f"{folder}: 4 iterations, FID {lines[0]['fid']:.2f}, IS {lines[0]['is_mean']:.2f}")
+    assert "4/4" in err and "it/s" in err  # the bar
+
+    out, _ = run(script, "--evaluate", folder, environment=environment)
+    scores = json.loads(out.splitlines()[-1])
+    assert scores == {"iteration": 4, **{k: lines[0][k] for k in ("fid", "is_mean", "is_std")}}
+    run(script, "--generate", folder, "--num-images", 11, "--out", tmp_path / "png")
+    run(script, "--generate", folder / "generator.pt", "--num-images", 11, "--out", tmp_path / "x.npy")
+    array = np.load(tmp_path / "x.npy")
+    names = sorted(p.name for p in (tmp_path / "png").iterdir())
+    assert array.shape == (11, 32, 32, 3) and array.dtype == np.uint8 and names[-1] == "000010.png"
+    assert np.array_equal(array, np.stack([np.asarray(Image.open(tmp_path / "png" / n)) for n in names]))
+    run(script, "--generate", folder, "--num-images", 11, "--seed", 9, "--out", tmp_path / "y.npy")
+    assert not np.array_equal(np.load(tmp_path / "y.npy"), array)
+
+
+@pytest.mark.parametrize("dataset,make,size", [("cifar10", make_data.cifar10, 32), ("stl10", make_data.stl10, 48)])
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.startswith("gngan")])
+def test_data_sets(script, dataset, make, size, tmp_path):
+    make(tmp_path / "data")
+    run(script, "--dataset", dataset, "--data-dir", tmp_path / "data", *TINY, "--iterations", 2, "--run-dir", tmp_path,
+        "--sample-every", 2)
+    folder, = tmp_path.glob(f"{dataset}__{script.removesuffix('.py')}__1__*")
+    assert Image.open(folder / "samples/00000002.png").size == (8 * (size + 2) + 2,) * 2
+
+
+@every_script
+def test_the_commands_as_written(script, data, tmp_path):
+    """A process of its own as a user starts it: the manual, and one short run."""
+    manual = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--resume" in manual.stdout and "[paper]" in manual.stdout
+    given = map(str, arguments(data, tmp_path, "r", "--iterations", 2))
+    plain = subprocess.run([sys.executable, ROOT / script, *given], cwd=tmp_path, capture_output=True, text=True)
+    assert plain.returncode == 0, plain.stderr
+    assert "--eval-every 0" in plain.stdout.splitlines()[-1]
+
+
+def test_every_flag_is_documented():
+    for script in SCRIPTS:
+        source = (ROOT / script).read_text()
+        body = source.split("class Args:")[1].split("\n\n\n")[0]
+        fields = re.findall(r"^    (\w+): .*\n    (.*)", body, re.MULTILINE)
+        assert len(fields) > 30 and all(text.startswith('"""') for _, text in fields)
+
+
+# ------------------------------------------------------------------------------------------------- interruptions
+TOTAL = 150
+LONG = ["--iterations", TOTAL, "--log-every", 5, "--sample-every", 50, "--ema", "0.9", "--lr-schedule", "linear"]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def straight(request, data, tmp_path_factory):
+    """A run without interruption: (script, its folder)."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(request.param, *arguments(data, folder, "r", *LONG))
+    return request.param, folder / "r"
+
+
+def wait_for(condition, process, seconds=60):
+    start = time.time()
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.time() < start + seconds, "no progress"
+        time.sleep(0.005)
+
+
+def iteration_of(process):
+    """The iteration that the progress bar shows."""
+    shown = re.findall(rf"(\d+)/{TOTAL} ", process.read("err"))
+    return int(shown[-1]) if shown else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_resumes_exactly(number, straight, data, tmp_path):
+    """Weights, moments, averages, order of the data and draws: bit for bit those of a run left alone."""
+    script, expected = straight
+    process = Process(script, *arguments(data, tmp_path, "r", *LONG, "--checkpoint-every", 0))
+    for _ in range(2):
+        before = iteration_of(process)
+        wait_for(lambda: iteration_of(process) > before, process)
+        process.send_signal(number)
+        out, err = process.communicate()
+        assert process.returncode == 128 + number, err
+        saved = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["iteration"]
+        assert 0 < saved < TOTAL and f"go on with --resume {tmp_path / 'r'}" in out.splitlines()[-1]
+        process = Process(script, "--resume", tmp_path / "r")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    same_checkpoints(tmp_path / "r", expected)
+    for name in ("00000050.png", "00000150.png"):
+        assert (tmp_path / "r/samples" / name).read_bytes() == (expected / "samples" / name).read_bytes()
+    ours, theirs = ([(e.step, e.value) for e in scalars(f, "losses/generator")] for f in (tmp_path / "r", expected))
+    assert ours == theirs
+
+
+def test_twenty_kills(straight, data, tmp_path):
+    """kill -9 at arbitrary moments, checkpoints being written all the time: each time it resumes, and ends with the
+    weights of a run left alone."""
+    script, expected = straight
+    rng, folder = random.Random(0), tmp_path / "r"
+    file = folder / "checkpoint.pt"
+    for _ in range(20):
+        if file.exists():
+            start = torch.load(file, weights_only=True)["iteration"]  # never a torn file
+            process = Process(script, "--resume", folder, "--checkpoint-every", 1)
+        else:
+            start = 0
+            shutil.rmtree(folder, ignore_errors=True)
+            process = Process(script, *arguments(data, tmp_path, "r", *LONG, "--checkpoint-every", 1))
+        writes = rng.randrange(6) if start < TOTAL - 20 else 0  # so that the run does not end before its kills
+        for _ in range(writes):
+            before = file.stat().st_ino if file.exists() else None
+            wait_for(lambda: file.exists() and file.stat().st_ino != before, process)
+        time.sleep(rng.uniform(0, 0.02 if writes else 0.2))
+        assert process.poll() is None, process.communicate()[1]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -9
+    run(script, "--resume", folder)
+    same_checkpoints(folder, expected)
+    assert not list(folder.glob("*.tmp"))
+
+
+@every_script
+def test_more_iterations_later(script, data, tmp_path):
+    """With no schedule a finished run can be made longer, and is what it would have been; with one it cannot."""
+    run(script, *arguments(data, tmp_path, "a", "--iterations", 6))
+    run(script, *arguments(data, tmp_path, "b", "--iterations", 4))
+    run(script, "--resume", tmp_path / "b", "--iterations", 6)
+    same_checkpoints(tmp_path / "a", tmp_path / "b")
+    run(script, *arguments(data, tmp_path, "c", "--iterations", 4, "--lr-schedule", "linear"))
+    _, err = run(script, "--resume", tmp_path / "c", "--iterations", 6, status=2)
+    assert "--iterations (4 in the checkpoint, 6 here)" in err
+
+
+@every_script
+def test_evaluating_does_not_change_training(script, data, tmp_path):
+    run(script, *arguments(data, tmp_path, "a", "--iterations", 4, "--sample-every", 1, "--log-every", 1))
+    run(script, *arguments(data, tmp_path, "b", "--iterations", 4, "--sample-every", 0, "--log-every", 0))
+    same_checkpoints(tmp_path / "a", tmp_path / "b", but=(*UNLIKE, "sample_every", "log_every"))
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(straight, data, tmp_path):
+    script, _ = straight
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 2))
+    before = (tmp_path / "r/checkpoint.pt").read_bytes()
+    assert len(before) > 50000
+    _, err = run(script, "--resume", tmp_path / "r", "--iterations", 4, "--checkpoint-every", 1, status=2,
+                 file_limit=50000)
+    last = err.splitlines()[-1]
+    assert last.startswith(f"{script}: error: cannot write") and "checkpoint.pt" in last and "--resume" in last
+    assert "Traceback" not in err
+    assert (tmp_path / "r/checkpoint.pt").read_bytes() == before and not list(tmp_path.glob("r/*.tmp"))
+
+
+@every_script
+def test_a_diverged_run_stops(script, data, tmp_path):
+    given = arguments(data, tmp_path, "r", "--iterations", 50, "--lr", "1e30", "--log-every", 5)
+    _, err = run(script, *given, status=2)
+    last = err.splitlines()[-1]
+    assert "training diverged" in last and "by iteration 5;" in last and "no checkpoint was written" in last
+    assert "Traceback" not in err and not (tmp_path / "r/checkpoint.pt").exists()
+
+
+@every_script
+def test_a_diverged_run_keeps_the_last_good_checkpoint(script, data, tmp_path):
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 2))
+    checkpoint = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
+    checkpoint["networks"]["discriminator.linear.bias"].fill_(math.nan)
+    torch.save(checkpoint, tmp_path / "r/checkpoint.pt")
+    before = (tmp_path / "r/checkpoint.pt").read_bytes()
+    _, err = run(script, "--resume", tmp_path / "r", "--iterations", 9, "--log-every", 0, "--checkpoint-every", 2,
+                 status=2)
+    assert f"the last good checkpoint is {tmp_path / 'r/checkpoint.pt'}" in err
+    assert (tmp_path / "r/checkpoint.pt").read_bytes() == before
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+def check_error(script, words, *given, **kwargs):
+    out, err = run(script, *given, status=2, **kwargs)
+    assert err.startswith(f"{script}: error: ") and len(err.splitlines()) == 1, err
+    assert all(w in err for w in words), err
+
+
+@every_script
+@pytest.mark.parametrize("given,words", [
+    (["--iterations", "0"], ["--iterations is 0"]), (["--batch-size", "1"], ["--batch-size is 1"]),
+    (["--image-size", "36"], ["--image-size is 36", "multiple of 8"]), (["--width", "0"], ["--width is 0"]),
+    (["--lr", "nan"], ["--lr is nan"]), (["--ema", "1"], ["--ema is 1"]), (["--beta1", "1"], ["--beta1 is 1"]),
+    (["--seed", "-1"], ["--seed is -1"]), (["--log-every", "-1"], ["--log-every is -1"]),
+    (["--num-fake", "9"], ["--num-fake is 9"]), (["--batch-size", "64"], ["40 images", "--batch-size 64"]),
+    (["--data-dir", "nowhere"], ["nowhere", "--data-dir"]),
+    (["--run-dir", "/proc/nowhere"], ["/proc/nowhere", "--run-dir"]),
+    (["--resume", "nowhere"], ["no checkpoint at nowhere"]), (["--evaluate", "a", "--generate", "b"], ["exclude"]),
+    (["--eval-every", "1", "--num-real", "41"], ["--num-real 41", "40 images"]),
+    (["--eval-every", "1", "--num-real", "9", "--inception-weights", "nowhere.pth"], ["nowhere.pth"]),
+])
+def test_errors_are_one_line(script, given, words, data, tmp_path):
+    check_error(script, words, *arguments(data, tmp_path, "r", *given))
+    assert not list(tmp_path.iterdir())  # no run folder is left behind
+
+
+@pytest.mark.parametrize("given,words", [
+    (["--distgan", "--neighbor-embedding"], ["--distgan has no neighbor embedding"]),
+    (["--distgan", "--no-neighbor-embedding"], ["--distgan has no neighbor embedding"]),
+    (["--distgan", "--gradient-matching"], ["--distgan has no gradient matching"]),
+    (["--distgan", "--no-autoencoder"], ["--distgan needs its autoencoder"]),
+    (["--lambda-p", "-1"], ["--lambda-p is -1"]), (["--alpha", "1"], ["--alpha is 1"]),
+])
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.startswith("gngan")])
+def test_gngan_errors(script, given, words, data, tmp_path):
+    check_error(script, words, *arguments(data, tmp_path, "r", *given))
+
+
+@every_script
+def test_tyros_own_message_for_a_wrong_choice(script):
+    out, err = run(script, "--dataset", "imagenet", status=2)
+    assert "imagenet" in out + err and "Traceback" not in err
+
+
+def test_resume_errors(straight, data, tmp_path):
+    script, folder = straight
+    check_error(script, ["--width (0.03125 in the checkpoint, 0.5 here)", "--lr (0.0002", "leave these flags out"],
+                "--resume", folder, "--width", "0.5", "--lr", "0.1")
+    check_error(script, ["--width (0.03125"], "--evaluate", folder, "--width", "0.5")
+    check_error(script, ["holds G alone"], "--resume", folder / "generator.pt")
+    file = tmp_path / "checkpoint.pt"
+    for contents in ((folder / "checkpoint.pt").read_bytes()[:2000], b""):
+        file.write_bytes(contents)
+        check_error(script, ["cannot read the checkpoint", str(file)], "--resume", tmp_path)
+    torch.save([1], file)
+    check_error(script, [f"is not a checkpoint of {script}"], "--resume", tmp_path)
+    torch.save({"script": "another", "args": {}, "resolved": {}}, file)
+    check_error(script, [f"is a checkpoint of another.py, not of {script}"], "--resume", tmp_path)
+
+
+def test_a_finished_run_resumed_is_finished(straight):
+    script, folder = straight
+    before = (folder / "generator.pt").read_bytes()
+    out, _ = run(script, "--resume", folder)
+    assert f"{TOTAL} iterations" in out.splitlines()[-1] and (folder / "generator.pt").read_bytes() == before
+
+
+@every_script
+def test_a_pickle_that_runs_code_is_refused(script, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"script": script.removesuffix(".py"), "x": Evil()}, tmp_path / "checkpoint.pt")
+    for flag in ("--resume", "--evaluate", "--generate"):
+        check_error(script, ["cannot read the checkpoint"], flag, tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_two_runs_of_one_name(straight, data, tmp_path):
+    script, _ = straight
+    first = Process(script, *arguments(data, tmp_path, "r", "--iterations", 100000))
+    wait_for(lambda: (tmp_path / "r/args.json").exists(), first)
+    check_error(script, ["exists", "--run-name", "--resume"], *arguments(data, tmp_path, "r"))
+    wait_for(lambda: re.search(r"[1-9]\d*/100000", first.read("err")), first)
+    first.send_signal(signal.SIGINT)
+    first.communicate()
+    assert first.returncode == 130
+    first = Process(script, "--resume", tmp_path / "r")
+    wait_for(lambda: "100000" in first.read("err"), first)
+    check_error(script, ["another process is training in"], "--resume", tmp_path / "r")
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+
+
+def test_no_network(tmp_path):
+    """A data set that is not there, on a machine without network: seconds, one line, no run folder."""
+    start = time.time()
+    blocked = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    out, err = run("gngan_cnn.py", "--dataset", "stl10", "--hinge", "--data-dir", tmp_path / "data", "--run-dir",
+                   tmp_path / "runs", status=2, environment=blocked)
+    assert time.time() < start + 30 and not list((tmp_path / "runs").iterdir())
+    assert len(err.splitlines()) == 1 and "cannot download STL-10" in err and "stl10_binary.tar.gz" in err
