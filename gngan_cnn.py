@@ -15,6 +15,7 @@ What to expect: see README.md, "GN-GAN on images".
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import fcntl
@@ -28,8 +29,9 @@ import signal
 import sys
 import sysconfig
 import time
+import zlib
 from dataclasses import dataclass
-from typing import Callable, Literal, Optional
+from typing import Callable, Iterator, Literal, Optional
 
 import numpy as np
 import torch
@@ -99,7 +101,8 @@ class Args:
     neighbor_embedding: bool = True
     """V_R (Eq. 2-6) in the autoencoder's loss; without an autoencoder in G's, on z and G(z) alone (figure 7)."""
     gradient_matching: bool = True
-    """G's loss is Eq. 13; without: its first term alone, or, without an autoencoder too, GAN's non-saturating loss."""
+    """G's loss is Eq. 13; without: its first term alone, or, without an autoencoder too, GAN's non-saturating loss
+    (with --hinge -E D(G(z)) [ours])."""
     autoencoder: bool = True
     """The autoencoder's update and V_C of Eq. 7; without: figure 7's standard GAN."""
     distgan: bool = False
@@ -285,7 +288,7 @@ def pairwise_affinities(points: Tensor) -> Tensor:
     sigma^2 is the variance of the pairwise distances, a constant without gradient [ours: the paper calls sigma the
     variance and squares it].
     """
-    points = points - points.mean(0)  # smaller numbers, so less is lost in the difference below
+    points = points.double()  # |a|^2 + |b|^2 - 2 ab takes the difference of large numbers
     squares = points.square().sum(1)
     others = ~torch.eye(len(points), dtype=torch.bool, device=points.device)
     distances = (squares[:, None] + squares - 2 * points @ points.mT).clamp_min(0) * others  # squared
@@ -295,7 +298,7 @@ def pairwise_affinities(points: Tensor) -> Tensor:
         variance = ((lengths - mean).square() * others).sum() / count
     similarity = others / (1 + distances / (2 * variance + 1e-12))
     conditional = similarity / similarity.sum(0)  # column i: p_{j|i}
-    return (conditional + conditional.mT) / (2 * len(points))
+    return ((conditional + conditional.mT) / (2 * len(points))).float()
 
 
 def neighbor_embedding(latents: Tensor, images: Tensor) -> Tensor:
@@ -305,7 +308,7 @@ def neighbor_embedding(latents: Tensor, images: Tensor) -> Tensor:
     reaches both. Identical points give finite gradients.
     """
     with torch.autocast(latents.device.type, enabled=False):
-        p, q = (pairwise_affinities(x.float().flatten(1)) for x in (latents, images))
+        p, q = (pairwise_affinities(x.flatten(1)) for x in (latents, images))
         others = ~torch.eye(len(p), dtype=torch.bool, device=p.device)
         p, q = torch.where(others, p, 1.0), torch.where(others, q, 1.0)  # log 1 = 0 where i = j
         return (p * (p.log() - q.log())).sum()
@@ -389,8 +392,16 @@ def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.opti
     device = next(networks.parameters()).device
     return {update: torch.optim.Adam([p for n in names for p in networks[n].parameters()],
                                      lr=torch.tensor(args.lr, device=device), betas=(args.beta1, args.beta2),
-                                     fused=True, capturable=device.type == "cuda")
+                                     fused=True, capturable=device.type == "cuda" and args.cuda_graph)
             for update, names in trained.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Adam, state: dict) -> None:
+    """The saved moments, with this run's own switches and learning rate: a tensor on the device, as a graph needs."""
+    kept = [{k: group[k] for k in ("lr", "capturable", "fused")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, kept):
+        group.update(own)
 
 
 def learning_rate(args: Args, iteration: int) -> float:
@@ -540,12 +551,13 @@ class GraphedStep:
     """train_step captured once as a CUDA graph and replayed: one launch an iteration instead of hundreds.
 
     The warm-up that a capture needs is undone, so that a run starts from the same weights, moments and draws as without
-    a graph. Calls copy into the buffers that the graph reads; the losses returned are overwritten by the next call.
+    a graph. A call copies the images into the buffer that the graph reads; `alpha` and `finite` must be the very
+    tensors it was captured with. The losses returned are overwritten by the next call.
     """
 
     def __init__(self, train_step: Callable, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam],
                  rng: torch.Generator, images: Tensor, alpha: Tensor, finite: Tensor):
-        self.images, self.alpha = images.clone(), alpha
+        self.images = images.clone()
 
         def tensors() -> list[Tensor]:  # Adam makes its moments at the first step
             moments = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
@@ -598,7 +610,10 @@ class Batches:
             missing = self.batch_size - len(index)
             self.shuffle()
             index, self.position = torch.cat([index, self.order[:missing]]), missing
-        return self.images.index_select(0, index).to(self.device, non_blocking=True)
+        batch = self.images.index_select(0, index)
+        if batch.device == self.device:
+            return batch
+        return batch.pin_memory().to(self.device, non_blocking=True)
 
     def state_dict(self) -> dict:
         return {"rng_before": self.rng_before, "position": self.position}
@@ -607,6 +622,11 @@ class Batches:
         self.rng.set_state(state["rng_before"])
         self.shuffle()
         self.position = state["position"]
+
+
+def fingerprint(images: Tensor) -> list[int]:
+    """The number of images and a checksum of about a thousand of them, to know a data set again."""
+    return [len(images), zlib.crc32(images[:: max(1, len(images) // 1000)].numpy().tobytes())]
 
 
 @torch.no_grad()
@@ -634,7 +654,7 @@ def make_sampler(generator: Generator, args: Args, device: torch.device) -> Call
 
 
 # ------------------------------------------------------------------------------------------ arguments and files
-def load_checkpoint(path: str) -> tuple[pathlib.Path, dict]:
+def load_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, dict]:
     """The file and the contents of a checkpoint.pt or generator.pt, given the file or its run folder."""
     file = pathlib.Path(path)
     file = file / "checkpoint.pt" if file.is_dir() else file
@@ -663,14 +683,15 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
     def parse(default: Args) -> Args:
         return tyro.cli(Args, args=argv, default=default, description=__doc__)
 
-    args, file, checkpoint = parse(Args()), None, None
+    args, given, file, checkpoint = parse(Args()), None, None, None
     paths = [p for p in (args.resume, args.evaluate, args.generate) if p is not None]
     if len(paths) > 1:
         raise UserError("--resume, --evaluate and --generate exclude each other")
     if paths:
         file, checkpoint = load_checkpoint(paths[0])
         names = {f.name for f in dataclasses.fields(Args)}
-        saved = Args(**{k: v for k, v in checkpoint["args"].items() if k in names})
+        # the resolved values, so that a default changed since does not change a run half-way
+        saved = Args(**{k: v for k, v in checkpoint["resolved"].items() if k in names})
         args = parse(saved)
         free = set(FREE)
         if saved.lr_schedule == "constant" and saved.alpha_schedule == "constant":
@@ -684,10 +705,16 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
                             "leave these flags out, or start a new run without the checkpoint")
         if args.resume and "networks" not in checkpoint:
             raise UserError(f"{file} holds G alone: give --resume the run folder or its checkpoint.pt")
-    opposite = parse(dataclasses.replace(args, neighbor_embedding=not args.neighbor_embedding,
-                                         gradient_matching=not args.gradient_matching))
-    for name in ("neighbor_embedding", "gradient_matching"):  # given by hand: it does not follow the default
-        if args.distgan and getattr(opposite, name) == getattr(args, name):
+        if args.resume and args.iterations < checkpoint["iteration"]:
+            raise UserError(f"--iterations is {args.iterations}: {file} is already at {checkpoint['iteration']}")
+        given = Args(**{k: v for k, v in checkpoint["args"].items() if k in names})
+        given = dataclasses.replace(given, **{k: getattr(args, k) for k in free
+                                              if getattr(args, k) != getattr(saved, k)})
+    # a flag was given by hand if turning its default around does not turn its value around
+    turned = parse(dataclasses.replace(args, neighbor_embedding=not args.neighbor_embedding,
+                                       gradient_matching=not args.gradient_matching))
+    for name in ("neighbor_embedding", "gradient_matching"):
+        if args.distgan and getattr(turned, name) == getattr(args, name):
             raise UserError(f"--distgan has no {name.replace('_', ' ')}: leave --[no-]{name.replace('_', '-')} out")
     if args.distgan and not args.autoencoder:
         raise UserError("--distgan needs its autoencoder: leave --no-autoencoder out")
@@ -704,16 +731,18 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
     for name in ("alpha", "ema", "beta1", "beta2"):
         if not 0 <= getattr(resolved, name) < 1:
             raise UserError(f"--{name} is {getattr(resolved, name)}: it must be at least 0 and below 1")
+    if resolved.seed >= 2**31:
+        raise UserError(f"--seed is {resolved.seed}: it must be below 2**31")
     if resolved.image_size % 8:
         raise UserError(f"--image-size is {resolved.image_size}: it must be a multiple of 8")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    return args, resolved, file, checkpoint
+    return given or args, resolved, file, checkpoint
 
 
 def can_compile() -> bool:
     """Whether torch.compile finds what it needs on a CPU: a C++ compiler and Python's headers."""
-    compilers = [c for c in (os.environ.get("CXX"), "g++", "clang++", "cl") if c]
+    compilers = [c for c in (os.environ.get("CXX"), "g++", "clang++") if c]
     headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
     return any(map(shutil.which, compilers)) and headers.exists()
 
@@ -722,16 +751,17 @@ class Run:
     """A run folder: args.json, metrics.jsonl, TensorBoard's events, samples/, checkpoint.pt and generator.pt."""
 
     def __init__(self, args: Args, resolved: Args, file: Optional[pathlib.Path]):
-        self.args, self.resolved = args, resolved
-        self.records: list[dict] = []  # the lines of metrics.jsonl
+        given = dataclasses.replace(args, resume=None)  # how this process began is no part of the run
+        self.args, self.records = resolved, []  # records: the lines of metrics.jsonl
+        self.head = {"script": SCRIPT, "args": dataclasses.asdict(given),
+                     "resolved": {**dataclasses.asdict(resolved), "resume": None}}
         if file is None:
             name = args.run_name or f"{args.dataset}__{SCRIPT}__{args.seed}__{int(time.time())}"
             self.folder = pathlib.Path(args.run_dir) / name
             try:
                 self.folder.mkdir(parents=True)
             except FileExistsError:
-                raise UserError(f"{self.folder} exists: choose another --run-name, or go on with it by "
-                                f"--resume {self.folder}") from None
+                raise UserError(f"{self.folder} exists: choose another --run-name, or {self.advice()}") from None
             except OSError as error:
                 raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}; "
                                 "choose another --run-dir") from None
@@ -744,14 +774,15 @@ class Run:
             raise UserError(f"another process is training in {self.folder}") from None
         except OSError:
             pass  # a file system without locks
-        for leftover in self.folder.glob("*.tmp"):  # of a process killed while it wrote
-            leftover.unlink(missing_ok=True)
+
+    def advice(self) -> str:
+        resume = (self.folder / "checkpoint.pt").exists()
+        return f"go on with --resume {self.folder}" if resume else "remove the folder: it has no checkpoint yet"
 
     def start(self, records: list[dict], iteration: int) -> None:
         """Write args.json, bring metrics.jsonl and TensorBoard back to `iteration`."""
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        setting = {"script": SCRIPT, "args": dataclasses.asdict(self.args), "versions": versions,
-                   "resolved": dataclasses.asdict(self.resolved)}
+        setting = {**self.head, "versions": versions}
         self.write("args.json", lambda p: p.write_text(json.dumps(setting, indent=2) + "\n"))
         self.records = records
         self.write("metrics.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
@@ -759,7 +790,7 @@ class Run:
         self.writer = SummaryWriter(str(self.folder), purge_step=iteration + 1)
 
     def write(self, name: str, write: Callable[[pathlib.Path], None]) -> None:
-        write_atomically(self.folder / name, write, f"make room and go on with --resume {self.folder}; ")
+        write_atomically(self.folder / name, write, f"make room and {self.advice()}; ")
 
     def log_scores(self, record: dict) -> None:
         """A line of metrics.jsonl and its points in TensorBoard."""
@@ -772,12 +803,11 @@ class Run:
     def save(self, networks: nn.ModuleDict, state: dict) -> None:
         """checkpoint.pt: everything that training goes on from; generator.pt: G (its average with --ema) alone."""
         self.writer.flush()
-        head = {"script": SCRIPT, "args": dataclasses.asdict(self.args), "iteration": state["iteration"],
-                "resolved": dataclasses.asdict(self.resolved)}
-        contents = {**head, **state, "networks": networks.state_dict(), "records": self.records}
+        contents = {**self.head, **state, "networks": networks.state_dict(), "records": self.records}
         self.write("checkpoint.pt", lambda p: torch.save(contents, p))
         generator = networks["generator_ema" if self.args.ema else "generator"]
-        self.write("generator.pt", lambda p: torch.save({**head, "generator": generator.state_dict()}, p))
+        contents = {**self.head, "iteration": state["iteration"], "generator": generator.state_dict()}
+        self.write("generator.pt", lambda p: torch.save(contents, p))
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -796,50 +826,81 @@ def choose_device(args: Args) -> torch.device:
 
 def load_generator(args: Args, checkpoint: dict, device: torch.device) -> Generator:
     """G of a checkpoint.pt (its average with --ema) or generator.pt."""
-    generator = Generator(args).to(device)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    generator = Generator(args).to(device, memory_format=layout)
     if "generator" in checkpoint:
         state = checkpoint["generator"]
     else:
         prefix = "generator_ema." if args.ema else "generator."
         state = {k.removeprefix(prefix): v for k, v in checkpoint["networks"].items() if k.startswith(prefix)}
-    generator.load_state_dict(state)
+    with fits():
+        generator.load_state_dict(state)
     return generator
+
+
+@contextlib.contextmanager
+def fits() -> Iterator[None]:
+    """Whatever loading a checkpoint raises when its contents are not this script's, as one line."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"the checkpoint does not fit this {SCRIPT}.py (has it changed since?): {text}") from None
 
 
 def write_images(sample: Callable[[int], Tensor], args: Args) -> None:
     """--generate: args.num_images PNGs in the folder args.out, or, if it ends in .npy, one uint8 array [N, H, W, C]."""
-    batches = (sample(min(100, args.num_images - start)).permute(0, 2, 3, 1).cpu().numpy()
-               for start in tqdm(range(0, args.num_images, 100), "generating", dynamic_ncols=True))
     out = pathlib.Path(args.out)
+    array = out.suffix == ".npy"
     try:
-        if out.suffix == ".npy":
-            out.parent.mkdir(parents=True, exist_ok=True)
-            np.save(out, np.concatenate(list(batches)))
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(image for batch in batches for image in batch):
-                Image.fromarray(image).save(out / f"{i:06d}.png")
+        (out.parent if array else out).mkdir(parents=True, exist_ok=True)
+        if not array and any(out.iterdir()):
+            raise UserError(f"{out} is not empty: choose another --out")
+        if array:
+            open(out, "ab").close()  # whether it can be written, before the work
+        images = []
+        for start in tqdm(range(0, args.num_images, 100), "generating", dynamic_ncols=True):
+            batch = sample(min(100, args.num_images - start)).permute(0, 2, 3, 1).cpu().numpy()
+            if array:
+                images.append(batch)
+            else:
+                for i, image in enumerate(batch, start):
+                    Image.fromarray(image).save(out / f"{i:06d}.png")
+        if array:
+            np.save(out, np.concatenate(images))
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from None
+        raise UserError(f"cannot write {out}: {reason(error)}; choose another --out") from None
     print(f"{args.num_images} images in {out}")
 
 
+class Interrupted(Exception):
+    """A signal came during an evaluation: it is left, and done when the run goes on."""
+
+
 def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, evaluator, device: torch.device,
-          stop: list[int]) -> str:
-    """Train to args.iterations, or until a signal is in `stop`; returns the final scores in words."""
+          stop: list[int]) -> tuple[bool, str]:
+    """Train to args.iterations, or until a signal is in `stop`; whether that is finished, and the scores in words."""
     networks = init_networks(args, device)
     optimizers = init_optimizers(args, networks)
     batches = Batches(images, args.batch_size, args.seed, device)
     rng = torch.Generator(device).manual_seed(args.seed)
-    start, seconds = 0, 0.0
+    start, seconds, evaluation_due, records = 0, 0.0, False, []
     if checkpoint is not None:
-        networks.load_state_dict(checkpoint["networks"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
-        batches.load_state_dict(checkpoint["batches"])
-        rng.set_state(checkpoint["rng"])
-        start, seconds = checkpoint["iteration"], checkpoint["seconds"]
-    run.start(checkpoint["records"] if checkpoint else [], start)
+        if checkpoint["device"] != device.type:
+            raise UserError(f"the run began on {checkpoint['device']} and its draws go on only there: "
+                            f"give --device {checkpoint['device']}")
+        if checkpoint["data"] != fingerprint(images):
+            raise UserError(f"{args.data_dir} does not hold the images that the run began with "
+                            f"({checkpoint['data'][0]} then, {len(images)} now): give --data-dir")
+        with fits():
+            networks.load_state_dict(checkpoint["networks"])
+            for name, optimizer in optimizers.items():
+                load_optimizer(optimizer, checkpoint["optimizers"][name])
+            batches.load_state_dict(checkpoint["batches"])
+            rng.set_state(checkpoint["rng"])
+            start, seconds, records = checkpoint["iteration"], checkpoint["seconds"], checkpoint["records"]
+            evaluation_due = checkpoint["evaluation_due"]
+    run.start(records, start)
     alpha, finite = torch.tensor(args.alpha, device=device), torch.tensor(True, device=device)
     generator = networks["generator_ema" if args.ema else "generator"]
     fixed_noise = torch.rand(64, args.latent_dim, generator=torch.Generator().manual_seed(2**31 + args.seed)) * 2 - 1
@@ -849,101 +910,141 @@ def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, eval
         batch = images[: args.batch_size].to(device)
         train_step = GraphedStep(train_step, networks, optimizers, rng, batch, alpha, finite)
 
-    def check_finite(iteration: int) -> None:
-        if not finite.item():
+    def check_finite(iteration: int, weights: bool = False) -> None:
+        good = finite
+        if weights:  # the last update can spoil them after its loss was taken
+            good = torch.stack([finite, *(v.isfinite().all() for v in networks.state_dict().values())]).all()
+        if not good.item():
             saved = run.folder / "checkpoint.pt"
             last = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
-            raise UserError(f"training diverged: a loss was not finite by iteration {iteration}; {last}; "
+            raise UserError(f"training diverged: a loss or weight is not finite by iteration {iteration}; {last}; "
                             "try a smaller --lr")
 
     def save(iteration: int) -> None:
-        check_finite(iteration)
+        check_finite(iteration, weights=True)
         run.save(networks, {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
                             "optimizers": {n: o.state_dict() for n, o in optimizers.items()},
-                            "batches": batches.state_dict(), "rng": rng.get_state()})
+                            "batches": batches.state_dict(), "rng": rng.get_state(), "device": device.type,
+                            "data": fingerprint(images), "evaluation_due": evaluation_due})
+
+    def evaluate(iteration: int) -> bool:
+        """Score G; whether that was left undone for a signal."""
+        sample = make_sampler(generator, args, device)
+
+        def sample_or_stop(n: int) -> Tensor:
+            if stop:
+                raise Interrupted
+            return sample(n)
+
+        check_finite(iteration)
+        try:
+            scores = evaluator.score(sample_or_stop, args.num_fake)
+        except Interrupted:
+            return True
+        run.log_scores({"iteration": iteration, **scores, "seconds": round(seconds + time.perf_counter() - begin, 2),
+                        "images_per_second": round(rate, 2)})
+        return False
 
     begin = clock = time.perf_counter()
-    counted, pause, rate = start, 0.0, 0.0  # for images_per_second: since the last log, without what is not training
+    counted, rate = start, 0.0
+
+    def measure(iteration: int) -> None:
+        """Images a second since the clock was last set; waits for the device."""
+        nonlocal counted, clock, rate
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if iteration > counted:
+            rate = (iteration - counted) * args.batch_size / max(now - clock, 1e-9)
+        counted, clock = iteration, now
+
+    def due(every: int, iteration: int) -> bool:
+        return every > 0 and (iteration % every == 0 or iteration == args.iterations)
+
     with run.writer, tqdm(total=args.iterations, initial=start, desc=run.folder.name[:32], unit="it", mininterval=0.5,
                           dynamic_ncols=True, postfix="compiling" if args.compile else None) as bar:
-        for iteration in range(start + 1, args.iterations + 1):
+        if evaluation_due := evaluation_due and evaluator is not None:
+            evaluation_due = evaluate(start)
+            save(start)
+        iteration, last = start, start == args.iterations or evaluation_due
+        while not last:
             for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
-                    group["lr"].fill_(learning_rate(args, iteration - 1))
-            alpha.fill_(reconstruction_share(args, iteration - 1))
+                    group["lr"].fill_(learning_rate(args, iteration))
+            alpha.fill_(reconstruction_share(args, iteration))
             losses = train_step(batches.next(), alpha, finite)
+            iteration += 1
             bar.update()
             last = iteration == args.iterations or bool(stop)
-
-            def due(every: int) -> bool:
-                return every > 0 and (iteration % every == 0 or iteration == args.iterations)
-
-            if due(args.log_every):
+            if due(args.log_every, iteration):
                 values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
-                now = time.perf_counter()
-                rate = (iteration - counted) * args.batch_size / max(now - clock - pause, 1e-9)
-                counted, clock, pause = iteration, now, 0.0
+                measure(iteration)
                 check_finite(iteration)
                 for name, value in values.items():
                     run.writer.add_scalar(f"losses/{name}", value, iteration)
                 run.writer.add_scalar("charts/images_per_second", rate, iteration)
-                bar.set_postfix({k[:2]: f"{values[k]:.3f}" for k in ("autoencoder", "discriminator", "generator")
-                                 if k in values}, refresh=False)
-            began = time.perf_counter()
-            if due(args.sample_every):
-                grid = make_grid(sample_images(generator, fixed_noise, args.precision), 8)
-                Image.fromarray(grid.permute(1, 2, 0).cpu().numpy()).save(run.folder / f"samples/{iteration:08d}.png")
-                run.writer.add_image("images/samples", grid, iteration)
-            if evaluator and due(args.eval_every):
-                check_finite(iteration)
-                scores = evaluator.score(make_sampler(generator, args, device), args.num_fake)
-                run.log_scores({"iteration": iteration, **scores, "images_per_second": round(rate, 2),
-                                "seconds": round(seconds + time.perf_counter() - begin, 2)})
-            if due(args.checkpoint_every) or last:
-                save(iteration)
-            pause += time.perf_counter() - began
-            if last:
-                break
+                bar.set_postfix({short: f"{values[name]:.3f}" for short, name in
+                                 (("AE", "autoencoder"), ("D", "discriminator"), ("G", "generator")) if name in values},
+                                refresh=False)
+            sample, score, keep = (due(every, iteration) for every in
+                                   (args.sample_every, args.eval_every, args.checkpoint_every))
+            if sample or score or keep or last:  # not training: the clock of images a second stands still
+                measure(iteration)
+                if sample:
+                    grid = make_grid(sample_images(generator, fixed_noise, args.precision), 8).cpu()
+                    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+                    picture.save(run.folder / f"samples/{iteration:08d}.png")
+                    run.writer.add_image("images/samples", grid, iteration)
+                if score:
+                    evaluation_due = evaluate(iteration)
+                if keep or last or evaluation_due:
+                    save(iteration)
+                last = last or evaluation_due
+                clock = time.perf_counter()
+    finished = iteration == args.iterations and not evaluation_due
     if not run.records:
-        return "no evaluation yet" if args.eval_every else "no scores, --eval-every 0"
+        return finished, "no evaluation yet" if args.eval_every else "no scores, --eval-every 0"
     scores = run.records[-1]
-    return (f"FID {scores['fid']:.2f}, IS {scores['is_mean']:.2f} ± {scores['is_std']:.2f} "
-            f"at iteration {scores['iteration']}")
+    return finished, (f"FID {scores['fid']:.2f}, IS {scores['is_mean']:.2f} ± {scores['is_std']:.2f} "
+                      f"at iteration {scores['iteration']}")
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # until training begins
     given, args, file, checkpoint = parse_args()
     if args.compile and not can_compile():
         print(f"{SCRIPT}.py: no C++ compiler or no Python headers: training uncompiled "
               "(Debian, Ubuntu: apt install g++ python3-dev)", file=sys.stderr)
         args = dataclasses.replace(args, compile=False)
     device = choose_device(args)
-    stop: list[int] = []  # the signal, if one came: the iteration is finished and everything saved
-    training = not (args.evaluate or args.generate)
     if args.generate:
         write_images(make_sampler(load_generator(args, checkpoint, device), args, device), args)
         return 0
-    run = Run(given, args, file) if training else None
+    run = None if args.evaluate else Run(given, args, file)
     try:
         images = datasets.load(args.dataset, args.data_dir, args.image_size)
-        if len(images) < args.batch_size:
+        if run and len(images) < args.batch_size:
             raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
         evaluator = None
         if args.evaluate or args.eval_every:
             from common import metrics  # its Inception takes seconds to import
             evaluator = metrics.Evaluator(images, args.num_real, args.inception_weights, device)
     except BaseException:
-        if training and file is None:
-            run.folder.rmdir()  # nothing was trained: leave no empty folder
+        if run and file is None:
+            with contextlib.suppress(OSError):
+                run.folder.rmdir()  # nothing was trained: leave no empty folder
         raise
     if args.evaluate:
         sample = make_sampler(load_generator(args, checkpoint, device), args, device)
         print(json.dumps({"iteration": checkpoint["iteration"], **evaluator.score(sample, args.num_fake)}))
         return 0
+    if checkpoint is not None:
+        checkpoint = load_checkpoint(file)[1]  # another process may have written it before this one had the lock
+    stop: list[int] = []  # the signal, if one came: the iteration is finished and everything saved
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
-    scores = train(run, args, checkpoint, images, evaluator, device, stop)
-    if stop:
+    finished, scores = train(run, args, checkpoint, images, evaluator, device, stop)
+    if not finished:
         print(f"{run.folder}: stopped ({scores}); go on with --resume {run.folder}")
         return 128 + stop[0]
     print(f"{run.folder}: {args.iterations} iterations, {scores}")
@@ -953,6 +1054,11 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:  # before training began: there is nothing to save
+        sys.exit(128 + signal.SIGINT)
+    except torch.OutOfMemoryError:
+        print(f"{SCRIPT}.py: error: out of GPU memory: lower --batch-size or --width", file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError) as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -869,7 +869,7 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
 
 def can_compile() -> bool:
     """Whether torch.compile finds what it needs on a CPU: a C++ compiler and Python's headers."""
-    compilers = [c for c in (os.environ.get("CXX"), "g++", "clang++", "cl") if c]
+    compilers = [c for c in (os.environ.get("CXX"), "g++", "clang++") if c]
     headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
     return any(map(shutil.which, compilers)) and headers.exists()
 

@@ -18,8 +18,12 @@ def reason(error: BaseException) -> str:
 def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], None], advice: str = "") -> None:
     """Write a file through a temporary one in the same folder, so that a crash or a full disk leaves the old one whole.
 
-    `write` is handed the temporary path. A failure raises UserError: what happened and `advice`.
+    `write` is handed the temporary path. A failure raises UserError: what happened and `advice`. Temporary files of
+    processes that were killed while they wrote are removed.
     """
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        if not is_alive(leftover.name.split(".")[-2]):
+            leftover.unlink(missing_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -33,9 +37,22 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], None], 
         temporary.unlink(missing_ok=True)
 
 
+def is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
 def cache_folder() -> pathlib.Path:
     """Where features of real images go, and decoded images that cannot lie beside their data: gan-reference in
-    $XDG_CACHE_HOME or ~/.cache."""
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gan-reference"
-    folder.mkdir(parents=True, exist_ok=True)
+    $XDG_CACHE_HOME or ~/.cache. One that cannot be made raises UserError."""
+    try:
+        folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gan-reference"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"no place for cached data: {reason(error)}; set XDG_CACHE_HOME to a folder") from None
     return folder

@@ -18,6 +18,7 @@ import socket
 import tempfile
 import urllib.error
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Sequence
 
@@ -56,22 +57,21 @@ def load(name: str, root: str | os.PathLike, image_size: int) -> torch.Tensor:
     else:
         raise UserError(f"unknown data set {name}: choose from {', '.join([*OFFICIAL, 'celeba', 'folder'])}")
     key = hashlib.sha256(repr((VERSION, image_size, source.identity())).encode()).hexdigest()[:12]
-    stem = f".{root.stem or 'images'}" if name == "folder" else f".{name}"
-    for folder in (place, cache_folder()):  # a dot file, which a search of `place` for images passes over
-        cached = folder / f"{stem}-{image_size}px-{key}.npy"
-        if cached.is_file():
+    # a dot file, which a search of `place` for images passes over
+    file = f".{root.stem if name == 'folder' else name}-{image_size}px-{key}.npy"
+    for folder in (lambda: place, cache_folder):
+        if (folder() / file).is_file():
             try:
-                return map_array(cached)
-            except ValueError:  # not what was written; decode anew
-                cached.unlink(missing_ok=True)
-    images = source.decode(image_size)
-    folder = place if os.access(place, os.W_OK) else cache_folder()
+                return map_array(folder() / file)
+            except (ValueError, EOFError):  # cut, or not what was written: decode anew
+                (folder() / file).unlink(missing_ok=True)
     try:
-        return keep(images, folder / cached.name)
-    except UserError:  # a read-only file system, or no room beside the data
-        if folder == cache_folder():
+        if os.access(place, os.W_OK):
+            return keep(source, image_size, place / file)
+    except UserError as error:
+        if not str(error).startswith("cannot write"):
             raise
-        return keep(images, cache_folder() / cached.name)
+    return keep(source, image_size, cache_folder() / file)  # a read-only place, or no room beside the data
 
 
 def map_array(path: pathlib.Path) -> torch.Tensor:
@@ -82,10 +82,17 @@ def map_array(path: pathlib.Path) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def keep(images: np.ndarray, path: pathlib.Path) -> torch.Tensor:
+def keep(source, image_size: int, path: pathlib.Path) -> torch.Tensor:
+    """Decode straight into the memory map of the file that is kept, so that no set has to fit into memory."""
     def write(temporary: pathlib.Path) -> None:
-        with open(temporary, "wb") as file:
-            np.save(file, images)
+        def allocate(*shape: int) -> np.ndarray:
+            array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash once the map is written
+                with open(temporary, "rb+") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+            return array
+
+        source.decode(image_size, allocate)
 
     write_atomically(path, write, "make room for the decoded images, or set XDG_CACHE_HOME; ")
     return map_array(path)
@@ -103,7 +110,7 @@ class ImageFiles:
         if not path.exists():
             raise UserError(f"no such folder or file: {path}; give --data-dir a directory or a .zip of images")
         if path.is_dir():
-            self.files = [(str(f), (f.stat().st_size, f.stat().st_mtime_ns)) for f in walk(path)]
+            self.files = [(str(f.relative_to(path)), (f.stat().st_size, f.stat().st_mtime_ns)) for f in walk(path)]
         else:
             try:
                 with zipfile.ZipFile(path) as archive:
@@ -117,22 +124,20 @@ class ImageFiles:
     def identity(self) -> object:
         return self.crop, self.files
 
-    def decode(self, image_size: int) -> np.ndarray:
-        out = np.empty((len(self.files), 3, image_size, image_size), np.uint8)
+    def decode(self, image_size: int, allocate: Callable[..., np.ndarray]) -> None:
+        out = allocate(len(self.files), 3, image_size, image_size)
         archive = None if self.path.is_dir() else zipfile.ZipFile(self.path)
 
         def one(i: int) -> None:
             name = self.files[i][0]
             try:
-                data = open(name, "rb") if archive is None else io.BytesIO(archive.read(name))
-                with data, Image.open(data) as image:
+                with Image.open(self.path / name if archive is None else io.BytesIO(archive.read(name))) as image:
                     out[i] = resize(image.convert("RGB"), self.crop, image_size).transpose(2, 0, 1)
             except Exception as error:  # whatever a damaged file makes Pillow or zipfile raise
-                where = name if archive is None else f"{name} in {self.path}"
+                where = self.path / name if archive is None else f"{name} in {self.path}"
                 raise UserError(f"cannot read the image {where}: {reason(error)}; mend or remove it") from None
 
-        in_threads(one, len(self.files), "decoding")  # Pillow decodes without the interpreter's lock
-        return out
+        in_threads(one, len(self.files))  # Pillow decodes without the interpreter's lock
 
 
 def walk(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -146,7 +151,7 @@ def walk(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def is_image(name: str) -> bool:
     path = pathlib.PurePosixPath(name)
-    hidden = path.name.startswith(".") or "__MACOSX" in path.parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     return path.suffix.lower() in EXTENSIONS and not hidden
 
 
@@ -162,12 +167,17 @@ def resize(image: Image.Image, crop: int | None, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
 
 
-def in_threads(work: Callable[[int], None], count: int, label: str) -> None:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    def block(start: int) -> int:
+        for i in range(start, min(start + 256, count)):
+            work(i)
+        return min(256, count - start)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=count, desc="decoding", unit="img", mininterval=0.5,
+                                                          dynamic_ncols=True) as bar:
         try:
-            for _ in tqdm(pool.map(work, range(count), chunksize=256), label, count, unit="img", mininterval=0.5,
-                          dynamic_ncols=True):
-                pass
+            for done in pool.map(block, range(0, count, 256)):
+                bar.update(done)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -210,8 +220,9 @@ class CIFAR10:
     def identity(self) -> object:
         return stamps(self.files)
 
-    def decode(self, image_size: int) -> np.ndarray:
-        return np.concatenate([self.read(f) for f in self.files])
+    def decode(self, image_size: int, allocate: Callable[..., np.ndarray]) -> None:
+        batches = [self.read(f) for f in self.files]
+        np.concatenate(batches, out=allocate(sum(map(len, batches)), 3, 32, 32))
 
     def read(self, path: pathlib.Path) -> np.ndarray:
         try:
@@ -223,7 +234,7 @@ class CIFAR10:
                 raise ValueError(f"{count} labels, images {data.dtype} {data.shape}")
             return data.reshape(-1, 3, 32, 32)
         except Exception as error:  # whatever a cut or foreign pickle raises
-            raise damaged(path, error) from None
+            raise damaged(path, error, path.parent) from None  # all of it: four batches left would count as a subset
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -252,16 +263,15 @@ class STL10:
     def identity(self) -> object:
         return stamps(self.files)
 
-    def decode(self, image_size: int) -> np.ndarray:
+    def decode(self, image_size: int, allocate: Callable[..., np.ndarray]) -> None:
         raw = np.memmap(self.files[0], np.uint8, "r").reshape(-1, 3, 96, 96)
-        out = np.empty((len(raw), 3, image_size, image_size), np.uint8)
+        out = allocate(len(raw), 3, image_size, image_size)
 
         def one(i: int) -> None:
             image = Image.fromarray(np.ascontiguousarray(raw[i].transpose(2, 1, 0)))
             out[i] = resize(image, None, image_size).transpose(2, 0, 1)
 
-        in_threads(one, len(raw), "decoding")
-        return out
+        in_threads(one, len(raw))
 
 
 class MNIST:
@@ -292,17 +302,17 @@ class MNIST:
     def identity(self) -> object:
         return stamps(self.files)
 
-    def decode(self, image_size: int) -> np.ndarray:
+    def decode(self, image_size: int, allocate: Callable[..., np.ndarray]) -> None:
         path = self.files[0]
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
                 data = np.frombuffer(file.read(), np.uint8)
-            magic, count, height, width = np.frombuffer(data[:16].tobytes(), ">i4")
+            magic, count, height, width = np.frombuffer(data[:16].tobytes(), ">i4").tolist()
             if magic != 0x803 or (height, width) != (28, 28) or len(data) != 16 + count * 784 or count == 0:
                 raise ValueError(f"{len(data)} bytes do not fit the header ({count} images of {height}x{width})")
-            return data[16:].reshape(count, 1, 28, 28)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise damaged(path, error) from None
+        allocate(count, 1, 28, 28)[:] = data[16:].reshape(count, 1, 28, 28)
 
 
 OFFICIAL = {"cifar10": CIFAR10, "stl10": STL10, "mnist": MNIST}
@@ -316,8 +326,9 @@ def stamps(files: Sequence[pathlib.Path]) -> object:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def damaged(path: pathlib.Path, error: BaseException) -> UserError:
-    return UserError(f"{path} is damaged or cut off: {reason(error)}; remove it, and the next start downloads it anew")
+def damaged(path: pathlib.Path, error: BaseException, remove: pathlib.Path | None = None) -> UserError:
+    return UserError(f"{path} is damaged or cut off: {reason(error)}; remove {remove or 'it'}, and the next start "
+                     "downloads it anew")
 
 
 def unpack(root: pathlib.Path, title: str, official: type, names: Sequence[str]) -> list[pathlib.Path]:
@@ -344,7 +355,6 @@ def guard_download(fetch: Callable[[], None], title: str, url: str, file: pathli
     socket.setdefaulttimeout(30)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {title} from {url}", flush=True)
         fetch()
     except Exception as error:  # urllib, http, ssl, torchvision and gdown each have their own
         got = f" ({file.name}, {file.stat().st_size:,} bytes, removed)" if file.is_file() else ""

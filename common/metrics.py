@@ -7,9 +7,11 @@ The Inception network is torch-fidelity's: the TensorFlow graph that both scores
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pathlib
-from typing import Callable, Optional
+import socket
+from typing import Callable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -41,8 +43,9 @@ class Evaluator:
             self.inception = self.inception.to(memory_format=torch.channels_last)
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:num_real].sort().values
         images = real[order]
-        key = hashlib.sha256(images.numpy().tobytes() + file_digest(path)).hexdigest()[:16]
-        cached = cache_folder() / f"inception-{num_real}-{key}.npy"
+        key = hashlib.sha256(file_digest(path))
+        key.update(images.numpy())
+        cached = cache_folder() / f"inception-{num_real}-{key.hexdigest()[:16]}.npy"
         features = read_features(cached, num_real)
         if features is None:
             features = torch.empty(num_real, 2048)
@@ -56,7 +59,7 @@ class Evaluator:
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pool features [n, 2048] and class logits without bias [n, 1008] of uint8 images [n, C, H, W]."""
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), exact_products():
             return self.inception(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
 
     def score(self, sample: Callable[[int], Tensor], num_fake: int, batch_size: int = 100) -> dict[str, float]:
@@ -72,6 +75,20 @@ class Evaluator:
         fid = frechet_distance(self.mean, self.covariance, *moments(torch.cat(features)), self.root)
         inception = isc_features_to_metric(torch.cat(logits).cpu(), splits=10)
         return {"fid": fid, "is_mean": inception["inception_score_mean"], "is_std": inception["inception_score_std"]}
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Without TF32, whatever training uses, so that scores of different runs compare."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [s.allow_tf32 for s in switches]
+    try:
+        for s in switches:
+            s.allow_tf32 = False
+        yield
+    finally:
+        for s, value in zip(switches, before):
+            s.allow_tf32 = value
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,13 +134,16 @@ def download_weights() -> pathlib.Path:
     path = pathlib.Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/", 1)[1])
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading the Inception weights from {URL_INCEPTION_V3}", flush=True)
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # a connection that stands still that long is broken
         try:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path))  # through a temporary file
         except Exception as error:  # urllib, http and ssl each have their own
             raise UserError(f"cannot download the Inception weights for FID from {URL_INCEPTION_V3}: {reason(error)}; "
                             "fetch that file on another machine and give --inception-weights FILE, or train without "
                             "scores: --eval-every 0") from None
+        finally:
+            socket.setdefaulttimeout(patience)
     return path
 
 

@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import http.server
+import io
 import os
 import pickle
 import shutil
@@ -129,17 +130,30 @@ def test_data_in_a_read_only_place(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".photos*.npy")) and list((tmp_path / "cache/gan-reference").glob("*.npy"))
 
 
-def test_a_second_start_of_50000_images_is_quick(tmp_path):
-    np.save(tmp_path / "x.npy", np.zeros((50000, 3, 32, 32), np.uint8))
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(2000):  # stamps of files are the part whose cost grows
-        (folder / f"{i}.png").touch()
-    source = datasets.ImageFiles(folder, None)
-    start = time.perf_counter()
-    datasets.ImageFiles(folder, None)
-    datasets.map_array(tmp_path / "x.npy")[torch.randint(50000, (64,))]
-    assert time.perf_counter() - start < 2 and len(source.files) == 2000
+def test_a_second_start_of_50000_images_is_quick(tmp_path, monkeypatch):
+    one = io.BytesIO()
+    Image.fromarray(make_data.pictures(1, 8)[0]).save(one, "png")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for i in range(50000):
+            archive.writestr(f"{i:05d}.png", one.getvalue())
+    assert datasets.load("folder", tmp_path / "photos.zip", 8).shape == (50000, 3, 8, 8)
+    monkeypatch.setattr(datasets.ImageFiles, "decode", None)
+    start = time.process_time()
+    images = datasets.load("folder", tmp_path / "photos.zip", 8)
+    images[torch.randint(50000, (64,))]
+    assert time.process_time() - start < 2
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    archive = make_data.image_zip(tmp_path / "photos.zip", 5)
+    datasets.load("folder", archive, 32)
+    cached, = tmp_path.glob(".photos-*.npy")
+    cached.unlink()
+    dead, alive = (tmp_path / f"{cached.name}.{number}.tmp" for number in (2**22 + 1, os.getppid()))
+    dead.touch()
+    alive.touch()
+    datasets.load("folder", archive, 32)
+    assert not dead.exists() and alive.exists()
 
 
 # -------------------------------------------------------------------------------------------------------- errors
@@ -187,8 +201,27 @@ def test_a_zip_that_is_none(tmp_path):
 def test_a_cut_file_is_refused_and_named(tmp_path, name, make, file):
     make(tmp_path)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-100])
-    with pytest.raises(UserError, match=f"{file} is damaged or cut off"):
+    with pytest.raises(UserError, match=f"{file} is damaged or cut off.*remove .*downloads it anew"):
         datasets.load(name, tmp_path, {"cifar10": 32, "stl10": 48, "mnist": 28}[name])
+
+
+def test_a_damaged_packed_file_is_refused(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(10000))[:-5] + b"12345")
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged"):
+        datasets.load("mnist", tmp_path, 28)
+
+
+def test_a_full_disk_beside_the_data(tmp_path, monkeypatch):
+    """No room beside the data: the cache folder is used; none there either: one line."""
+    archive = make_data.image_zip(tmp_path / "photos.zip", 5)
+
+    def full(descriptor, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="cannot write .*gan-reference.*No space left.*XDG_CACHE_HOME"):
+        datasets.load("folder", archive, 32)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_cifar_pickle_that_runs_code_is_refused(tmp_path):

@@ -19,6 +19,8 @@ from launcher import ROOT, Process, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common import datasets
+
 SCRIPTS = ["gngan_cnn.py"]
 TINY = ["--width", "0.03125", "--batch-size", "8", "--latent-dim", "8", "--eval-every", "0"]
 SETTINGS = {
@@ -71,7 +73,7 @@ def test_every_setting_trains(script, setting, data, tmp_path):
 @every_script
 def test_the_run_folder(script, data, weights, tmp_path):
     """Everything that the design promises, scores included; then --evaluate and --generate from it."""
-    scored = ["--eval-every", 4, "--num-real", 12, "--num-fake", 10, "--inception-weights", weights]
+    scored = ["--eval-every", 4, "--num-real", 10, "--num-fake", 10, "--inception-weights", weights]
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     given = arguments(data, tmp_path, "r", "--iterations", 4, "--log-every", 2, "--sample-every", 2, *scored)
     out, err = run(script, *given, environment=environment)
@@ -108,6 +110,22 @@ def test_the_run_folder(script, data, weights, tmp_path):
     assert np.array_equal(array, np.stack([np.asarray(Image.open(tmp_path / "png" / n)) for n in names]))
     run(script, "--generate", folder, "--num-images", 11, "--seed", 9, "--out", tmp_path / "y.npy")
     assert not np.array_equal(np.load(tmp_path / "y.npy"), array)
+    check_error(script, ["png is not empty", "--out"], "--generate", folder, "--out", tmp_path / "png")
+    check_error(script, ["/proc/nowhere"], "--generate", folder, "--out", "/proc/nowhere/x.npy")
+
+    # an evaluation cut short by a signal is done when the run goes on
+    process = Process(script, "--resume", folder, "--iterations", 6, "--eval-every", 6, "--num-fake", 100000,
+                      environment=environment)
+    wait_for(lambda: "scoring" in process.read("err"), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 143, err
+    out, _ = run(script, "--resume", folder, "--num-fake", 10, environment=environment)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [4, 6] and "6 iterations, FID" in out.splitlines()[-1]
+    assert len(torch.load(folder / "checkpoint.pt", weights_only=True)["records"]) == 2
+    run(script, "--generate", folder / "generator.pt", "--num-images", 3, "--out", tmp_path / "z.npy")
+    assert json.loads((folder / "args.json").read_text())["args"]["resume"] is None
 
 
 @pytest.mark.parametrize("dataset,make,size", [("cifar10", make_data.cifar10, 32), ("stl10", make_data.stl10, 48)])
@@ -140,8 +158,8 @@ def test_every_flag_is_documented():
 
 
 # ------------------------------------------------------------------------------------------------- interruptions
-TOTAL = 150
-LONG = ["--iterations", TOTAL, "--log-every", 5, "--sample-every", 50, "--ema", "0.9", "--lr-schedule", "linear"]
+TOTAL = 300
+LONG = ["--iterations", TOTAL, "--log-every", 5, "--sample-every", 100, "--ema", "0.9", "--lr-schedule", "linear"]
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -183,7 +201,7 @@ def test_a_signal_saves_and_the_run_resumes_exactly(number, straight, data, tmp_
     _, err = process.communicate()
     assert process.returncode == 0, err
     same_checkpoints(tmp_path / "r", expected)
-    for name in ("00000050.png", "00000150.png"):
+    for name in ("00000100.png", "00000300.png"):
         assert (tmp_path / "r/samples" / name).read_bytes() == (expected / "samples" / name).read_bytes()
     ours, theirs = ([(e.step, e.value) for e in scalars(f, "losses/generator")] for f in (tmp_path / "r", expected))
     assert ours == theirs
@@ -203,7 +221,7 @@ def test_twenty_kills(straight, data, tmp_path):
             start = 0
             shutil.rmtree(folder, ignore_errors=True)
             process = Process(script, *arguments(data, tmp_path, "r", *LONG, "--checkpoint-every", 1))
-        writes = rng.randrange(6) if start < TOTAL - 20 else 0  # so that the run does not end before its kills
+        writes = rng.randrange(6) if start < TOTAL - 50 else 0  # so that the run does not end before its kills
         for _ in range(writes):
             before = file.stat().st_ino if file.exists() else None
             wait_for(lambda: file.exists() and file.stat().st_ino != before, process)
@@ -259,6 +277,18 @@ def test_a_diverged_run_stops(script, data, tmp_path):
 
 
 @every_script
+def test_weights_that_the_last_update_spoiled_are_not_saved(script, data, tmp_path):
+    """G's last update can spoil its weights after every loss of the iteration was finite."""
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 1))
+    checkpoint = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
+    checkpoint["optimizers"]["generator"]["state"][0]["exp_avg_sq"].fill_(math.nan)
+    torch.save(checkpoint, tmp_path / "r/checkpoint.pt")
+    before = (tmp_path / "r/checkpoint.pt").read_bytes()
+    _, err = run(script, "--resume", tmp_path / "r", "--iterations", 2, "--log-every", 1, status=2)
+    assert "not finite by iteration 2;" in err and (tmp_path / "r/checkpoint.pt").read_bytes() == before
+
+
+@every_script
 def test_a_diverged_run_keeps_the_last_good_checkpoint(script, data, tmp_path):
     run(script, *arguments(data, tmp_path, "r", "--iterations", 2))
     checkpoint = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
@@ -283,7 +313,8 @@ def check_error(script, words, *given, **kwargs):
     (["--iterations", "0"], ["--iterations is 0"]), (["--batch-size", "1"], ["--batch-size is 1"]),
     (["--image-size", "36"], ["--image-size is 36", "multiple of 8"]), (["--width", "0"], ["--width is 0"]),
     (["--lr", "nan"], ["--lr is nan"]), (["--ema", "1"], ["--ema is 1"]), (["--beta1", "1"], ["--beta1 is 1"]),
-    (["--seed", "-1"], ["--seed is -1"]), (["--log-every", "-1"], ["--log-every is -1"]),
+    (["--seed", "-1"], ["--seed is -1"]), (["--seed", str(2**31)], ["--seed is 2147483648"]),
+    (["--log-every", "-1"], ["--log-every is -1"]),
     (["--num-fake", "9"], ["--num-fake is 9"]), (["--batch-size", "64"], ["40 images", "--batch-size 64"]),
     (["--data-dir", "nowhere"], ["nowhere", "--data-dir"]),
     (["--run-dir", "/proc/nowhere"], ["/proc/nowhere", "--run-dir"]),
@@ -314,12 +345,30 @@ def test_tyros_own_message_for_a_wrong_choice(script):
     assert "imagenet" in out + err and "Traceback" not in err
 
 
+def extended(folder, tmp_path, **changes):
+    """A copy of a checkpoint, without a schedule, with other entries."""
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["resolved"]["lr_schedule"] = "constant"
+    (tmp_path / "copy").mkdir(exist_ok=True)
+    torch.save({**checkpoint, **changes}, tmp_path / "copy/checkpoint.pt")
+    return tmp_path / "copy"
+
+
 def test_resume_errors(straight, data, tmp_path):
     script, folder = straight
     check_error(script, ["--width (0.03125 in the checkpoint, 0.5 here)", "--lr (0.0002", "leave these flags out"],
                 "--resume", folder, "--width", "0.5", "--lr", "0.1")
     check_error(script, ["--width (0.03125"], "--evaluate", folder, "--width", "0.5")
     check_error(script, ["holds G alone"], "--resume", folder / "generator.pt")
+    check_error(script, [f"already at {TOTAL}"], "--resume", extended(folder, tmp_path), "--iterations", "7")
+    check_error(script, ["began on cuda", "--device cuda"], "--resume", extended(folder, tmp_path, device="cuda"))
+    changed = torch.load(folder / "checkpoint.pt", weights_only=True)["networks"]
+    changed.pop("generator.linear.bias")
+    check_error(script, ["does not fit", "generator.linear.bias"], "--resume",
+                extended(folder, tmp_path, networks=changed))
+    other = make_data.image_zip(tmp_path / "other.zip", 40, seed=3)
+    datasets.load("folder", other, 32)  # so that no progress bar precedes the error
+    check_error(script, ["does not hold the images", "--data-dir"], "--resume", folder, "--data-dir", other)
     file = tmp_path / "checkpoint.pt"
     for contents in ((folder / "checkpoint.pt").read_bytes()[:2000], b""):
         file.write_bytes(contents)
@@ -349,15 +398,29 @@ def test_a_pickle_that_runs_code_is_refused(script, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training(straight, tmp_path, number):
+    """While the data are decoded: no traceback, no run folder left."""
+    script, _ = straight
+    photos = make_data.image_zip(tmp_path / "many.zip", 400, 256)
+    process = Process(script, *arguments(photos, tmp_path / "runs", "r"))
+    wait_for(lambda: "decoding" in process.read("err"), process)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 128 + number and "Traceback" not in err, err
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_two_runs_of_one_name(straight, data, tmp_path):
     script, _ = straight
     first = Process(script, *arguments(data, tmp_path, "r", "--iterations", 100000))
     wait_for(lambda: (tmp_path / "r/args.json").exists(), first)
-    check_error(script, ["exists", "--run-name", "--resume"], *arguments(data, tmp_path, "r"))
+    check_error(script, ["exists", "--run-name", "remove the folder"], *arguments(data, tmp_path, "r"))
     wait_for(lambda: re.search(r"[1-9]\d*/100000", first.read("err")), first)
     first.send_signal(signal.SIGINT)
     first.communicate()
     assert first.returncode == 130
+    check_error(script, ["exists", "--run-name", "go on with --resume"], *arguments(data, tmp_path, "r"))
     first = Process(script, "--resume", tmp_path / "r")
     wait_for(lambda: "100000" in first.read("err"), first)
     check_error(script, ["another process is training in"], "--resume", tmp_path / "r")
