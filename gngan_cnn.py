@@ -1,9 +1,9 @@
 """GN-GAN with SN-GAN's CNN on images, after "Improving GAN with Neighbors Embedding and Gradient Matching"
-(Tran, Bui and Cheung, AAAI 2019): its CIFAR-10 and STL-10 results with the CNN, figures 5 and 7, Dist-GAN.
+(Tran, Bui and Cheung, AAAI 2019): table 3's CNN rows, the curves of figures 5 and 7, Dist-GAN.
 
-    python gngan_cnn.py                                     # CIFAR-10, log loss, 350,000 iterations
-    python gngan_cnn.py --dataset stl10 --hinge             # STL-10 at 48x48, hinge loss: the paper's FID of 30.80
-    python gngan_cnn.py --dataset folder --data-dir photos.zip --width 0.25 --precision bf16   # any images, on a CPU
+    python gngan_cnn.py                                     # CIFAR-10, log loss: figure 5's best curve
+    python gngan_cnn.py --dataset stl10 --hinge             # table 3, STL-10 at 48x48: the paper's FID of 30.80
+    python gngan_cnn.py --dataset folder --data-dir photos.zip --width 0.25 --eval-every 0   # any images, on a CPU
 
 An encoder E, a generator G and a discriminator D. Each iteration draws one mini-batch x and one z for three updates:
 
@@ -229,7 +229,7 @@ class Encoder(nn.Module):
         super().__init__()
 
         def block(a: int, b: int, kernel: int, slope: float) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(a, b, kernel, 2, kernel // 2 if kernel == 5 else 1, bias=False),
+            return nn.Sequential(nn.Conv2d(a, b, kernel, 2, (kernel - 1) // 2, bias=False),
                                  nn.BatchNorm2d(b, track_running_stats=False), nn.LeakyReLU(slope))
 
         if args.image_size == 32:
@@ -961,7 +961,7 @@ def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, eval
     def due(every: int, iteration: int) -> bool:
         return every > 0 and (iteration % every == 0 or iteration == args.iterations)
 
-    with run.writer, tqdm(total=args.iterations, initial=start, desc=run.folder.name[:32], unit="it", mininterval=0.5,
+    with run.writer, tqdm(total=args.iterations, initial=start, desc=SCRIPT, unit="it", mininterval=0.5,
                           dynamic_ncols=True, postfix="compiling" if args.compile else None) as bar:
         if evaluation_due := evaluation_due and evaluator is not None:
             evaluation_due = evaluate(start)

@@ -24,7 +24,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import UserError, cache_folder, reason, write_atomically
@@ -132,7 +132,8 @@ class ImageFiles:
             name = self.files[i][0]
             try:
                 with Image.open(self.path / name if archive is None else io.BytesIO(archive.read(name))) as image:
-                    out[i] = resize(image.convert("RGB"), self.crop, image_size).transpose(2, 0, 1)
+                    upright = ImageOps.exif_transpose(image)  # a camera held sideways says so in the file
+                    out[i] = resize(upright.convert("RGB"), self.crop, image_size).transpose(2, 0, 1)
             except Exception as error:  # whatever a damaged file makes Pillow or zipfile raise
                 where = self.path / name if archive is None else f"{name} in {self.path}"
                 raise UserError(f"cannot read the image {where}: {reason(error)}; mend or remove it") from None

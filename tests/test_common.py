@@ -92,6 +92,14 @@ def test_a_folder_of_many_kinds(tmp_path):
     assert difference[1:-1, 1:-1].max() <= 1
 
 
+def test_a_camera_held_sideways(tmp_path):
+    picture = make_data.pictures(1, 32)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn by 90 degrees to the right to see it upright
+    Image.fromarray(np.rot90(picture)).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(datasets.load("folder", tmp_path, 32)[0].permute(1, 2, 0).numpy(), picture)
+
+
 def test_a_zip_is_its_folder(tmp_path):
     archive = make_data.image_zip(tmp_path / "photos.zip", 5)
     unpacked = datasets.load("folder", tmp_path / "photos_files", 16)
