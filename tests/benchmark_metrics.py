@@ -19,17 +19,6 @@ import tyro
 from common import metrics
 
 
-class Images(torch.utils.data.Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i]
-
-
 def main(num_real: int = 10000, num_fake: int = 5000, size: int = 32):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = [torch.from_numpy(make_data.pictures(n, size, seed)).permute(0, 3, 1, 2).contiguous()
@@ -53,8 +42,8 @@ def main(num_real: int = 10000, num_fake: int = 5000, size: int = 32):
               f"FID {ours['fid']:.6f}, IS {ours['is_mean']:.6f}", flush=True)
         begin = time.perf_counter()
         theirs = torch_fidelity.calculate_metrics(
-            input1=Images(images[1]), input2=Images(images[0]), fid=True, isc=True, cuda=device.type == "cuda",
-            verbose=False, cache=False, feature_extractor_weights_path=str(weights))
+            input1=make_data.Images(images[1]), input2=make_data.Images(images[0]), fid=True, isc=True,
+            cuda=device.type == "cuda", verbose=False, cache=False, feature_extractor_weights_path=str(weights))
         fid = theirs["frechet_inception_distance"]
         print(f"torch-fidelity: {time.perf_counter() - begin:.1f} s; FID {fid:.6f}, "
               f"IS {theirs['inception_score_mean']:.6f}; FIDs differ by {abs(ours['fid'] / fid - 1):.1e} of theirs")

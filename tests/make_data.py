@@ -3,6 +3,7 @@ import pickle
 import zipfile
 
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -76,7 +77,6 @@ def celeba(root, count=20):
 
 def inception_weights(path):
     """torch-fidelity's Inception with random weights, in the format of the released file."""
-    import torch
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
     class Untrained(module.FeatureExtractorInceptionV3):
@@ -90,3 +90,16 @@ def inception_weights(path):
     finally:
         module.load_state_dict_from_url = released
     return path
+
+
+class Images(torch.utils.data.Dataset):
+    """Images as torch-fidelity takes them."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]

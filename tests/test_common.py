@@ -363,23 +363,12 @@ def weights(tmp_path_factory):
     return make_data.inception_weights(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
-class Images(torch.utils.data.Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i]
-
-
 def test_evaluator_is_torch_fidelity(weights, monkeypatch):
     real = torch.from_numpy(make_data.pictures(16)).permute(0, 3, 1, 2).contiguous()
     fake = torch.from_numpy(make_data.pictures(12, seed=5)).permute(0, 3, 1, 2).contiguous()
     theirs = torch_fidelity.calculate_metrics(
-        input1=Images(fake), input2=Images(real), fid=True, isc=True, cuda=False, verbose=False, batch_size=8,
-        cache=False, save_cpu_ram=True, feature_extractor_weights_path=str(weights))
+        input1=make_data.Images(fake), input2=make_data.Images(real), fid=True, isc=True, cuda=False,
+        verbose=False, batch_size=8, cache=False, save_cpu_ram=True, feature_extractor_weights_path=str(weights))
     position = 0
 
     def sample(n):
