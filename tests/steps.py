@@ -1,0 +1,77 @@
+"""A small training step of an image script, to be called directly."""
+import torch
+
+TINY = {"width": 1 / 32, "latent_dim": 8, "batch_size": 6}
+
+
+def setup(script, **kwargs):
+    """Arguments, networks, `step()` for one iteration on a fixed mini-batch of noise, and its flag `finite`."""
+    args = script.resolve(script.Args(**{**TINY, **kwargs}))
+    device = torch.device("cpu")
+    networks = script.init_networks(args, device)
+    optimizers = script.init_optimizers(args, networks)
+    rng = torch.Generator().manual_seed(args.seed)
+    step = script.make_train_step(args, networks, optimizers, rng)
+    pictures = noise(args)
+    finite = torch.tensor(True)
+    fixed = (torch.tensor(args.alpha), finite) if script.SCRIPT.startswith("gngan") else (finite,)
+    return args, networks, lambda: step(pictures, *fixed), finite
+
+
+def noise(args, seed=9):
+    """A mini-batch, uint8 [B, C, size, size]."""
+    shape = (args.batch_size, 1 if args.dataset == "mnist" else 3, args.image_size, args.image_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(networks):
+    return {k: v.clone() for k, v in networks.state_dict().items()}
+
+
+def plain_descent(script):
+    """Optimisers whose steps show the gradients' size; Adam's first ones have the size of lr whatever it is."""
+    adam, lr = script.init_optimizers, 1e-3 if script.SCRIPT == "gngan_resnet" else 0.1  # its D sums over positions
+    return lambda args, networks: {name: torch.optim.SGD(o.param_groups[0]["params"], lr=lr)
+                                   for name, o in adam(args, networks).items()}
+
+
+def descend(optimizer, loss):
+    """A step by autograd's plain gradients."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
+        p.grad = torch.zeros_like(p)  # in p's layout: fused Adam pairs elements by their place in memory
+        if g is not None:
+            p.grad.copy_(g)
+    optimizer.step()
+
+
+def assert_same_course(start, ours, theirs, lr):
+    """Two networks' changes from the same start agree, network for network."""
+    for network in {k.split(".")[0] for k in ours}:
+        keys = [k for k in ours if k.startswith(network + ".") and ours[k].is_floating_point()]
+        change, error = (torch.cat([(w[k] - start[k]).flatten() for k in keys]) for w in (ours, theirs))
+        error = error - change
+        assert change.norm() > 1e-3 * lr and error.norm() < 0.02 * change.norm(), network
+    tracked = [k for k in ours if k.startswith("generator.") and k.endswith("num_batches_tracked")]
+    assert tracked and all(ours[k] == theirs[k] == 2 for k in tracked)
+
+
+def shapes(module, *inputs):
+    """The output shape of every layer with weights, without the batch, in the order of use."""
+    seen = []
+    layers = (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)
+    hooks = [m.register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape[1:]))) for m in module.modules()
+             if isinstance(m, layers)]
+    module(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def conv(a, b, k, bias=True):
+    """Parameters of a convolution."""
+    return a * b * k * k + (b if bias else 0)

@@ -1,0 +1,110 @@
+"""What the training steps of all image scripts have in common: precision, compiling, averages, the order of data."""
+import contextlib
+import functools
+import importlib
+import math
+
+import pytest
+import torch
+from steps import setup, weights
+
+SCRIPTS = ["gngan_cnn", "gngan_resnet", "mmgan_dcgan"]
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+def test_batch_norm_statistics(script):
+    """A pass moves the running statistics only when told to; both normalise by the batch's own."""
+    torch.manual_seed(0)
+    norm, x = script.BatchNorm(4), torch.randn(8, 4, 5, 5) * 3 + 1
+    quiet = norm(x, False)
+    assert not norm.running_mean.any()
+    torch.testing.assert_close(norm(x, True), quiet)
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2, 3)))
+    norm.eval()
+    assert not torch.allclose(norm(x, False), quiet)
+
+
+def test_moving_average(script):
+    _, networks, step, _ = setup(script, ema=0.75)
+    expected = networks["generator"].linear.weight.detach().clone()
+    for _ in range(3):
+        step()
+        expected = 0.75 * expected + 0.25 * networks["generator"].linear.weight.detach()
+    torch.testing.assert_close(networks["generator_ema"].linear.weight, expected)
+
+
+def test_bf16_sees_fresh_weights(script, monkeypatch):
+    """bf16 copies of the weights never outlive an update: as with no such copies kept at all, but for rounding (which
+    turns Adam's step around where a gradient is about zero), and unlike with copies kept throughout."""
+    def two_steps(region=contextlib.nullcontext(), precision="bf16"):
+        _, networks, step, finite = setup(script, precision=precision, lr=0.01)
+        with region:
+            for _ in range(2):
+                losses = step()
+        assert finite
+        return torch.cat([p.detach().flatten() for p in networks.parameters()]), losses
+
+    kept, losses = two_steps()
+    exact = two_steps(precision="fp32")[1]
+    stale, _ = two_steps(torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(torch, "autocast", functools.partial(torch.autocast, cache_enabled=False))
+    fresh, _ = two_steps()
+    shares = [((v - fresh).abs() < 1e-3).float().mean().item() for v in (kept, stale)]
+    assert shares[0] > 0.8 and shares[1] < 0.3, shares
+    for name in losses:
+        assert losses[name].dtype == torch.float32
+        assert losses[name].item() == pytest.approx(exact[name].item(), rel=0.2, abs=0.05)
+
+
+def test_a_loss_that_is_not_finite_is_remembered(script):
+    _, networks, step, finite = setup(script)
+    step()
+    assert finite
+    with torch.no_grad():
+        networks["discriminator"].linear.weight[0, 0] = math.nan
+    step()
+    assert not finite
+
+
+@pytest.mark.parametrize("through_cpp", [False, True])
+def test_compiled_is_eager(script, through_cpp, monkeypatch):
+    """Each loss in one graph, double backward and all; once also through the C++ compiler, which takes a minute for an
+    autoencoder's part alone and so does without."""
+    setting = {}
+    if through_cpp:
+        if script.SCRIPT != SCRIPTS[0]:
+            pytest.skip("the C++ compiler is tried on the first script")
+        setting = {"autoencoder": False, "lambda_p": 1.0}
+    else:
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        _, networks, step, _ = setup(script, compile=compiled, **setting)
+        for _ in range(2):
+            losses = step()
+        results.append((weights(networks), losses))
+    for name, value in results[0][1].items():
+        assert results[1][1][name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
+    for name, value in results[0][0].items():
+        if value.is_floating_point():
+            assert ((results[1][0][name] - value).abs() < 1e-4).float().mean() > 0.98, name
+
+
+def test_batches_visit_everything_and_resume(script):
+    pictures = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    stream = script.Batches(pictures, 4, 1, torch.device("cpu"))
+    seen = torch.cat([stream.next().flatten() for _ in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    for steps in range(7):
+        first = script.Batches(pictures, 4, 1, torch.device("cpu"))
+        for _ in range(steps):
+            first.next()
+        second = script.Batches(pictures, 4, 7, torch.device("cpu"))
+        second.load_state_dict(first.state_dict())
+        assert all(torch.equal(first.next(), second.next()) for _ in range(6))
