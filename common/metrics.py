@@ -62,16 +62,19 @@ class Evaluator:
         with torch.autocast(self.device.type, enabled=False), exact_products():
             return self.inception(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
 
-    def score(self, sample: Callable[[int], Tensor], num_fake: int, batch_size: int = 100) -> dict[str, float]:
-        """FID, and the Inception Score's mean and standard deviation over ten splits, of num_fake generated images.
+    def score(self, sample: Callable[[int], Tensor], num_fake: int, num_is: Optional[int] = None,
+              batch_size: int = 100) -> dict[str, float]:
+        """FID of num_fake generated images, and the Inception Score's mean and standard deviation over ten splits of
+        num_is of them; the larger number is drawn, and the other score takes the first of them.
 
-        sample: maps a number n to n new images, uint8 [n, C, H, W].
+        sample: maps a number n to n new images, uint8 [n, C, H, W]. num_is: default num_fake.
         """
-        features, logits = [], []
-        for start in tqdm(range(0, num_fake, batch_size), "scoring", leave=False, dynamic_ncols=True):
-            batch = self.features(sample(min(batch_size, num_fake - start)).to(self.device))
-            features.append(batch[0])
-            logits.append(batch[1])
+        num_is = num_is or num_fake
+        features, logits, total = [], [], max(num_fake, num_is)
+        for start in tqdm(range(0, total, batch_size), "scoring", leave=False, dynamic_ncols=True):
+            batch = self.features(sample(min(batch_size, total - start)).to(self.device))
+            features.append(batch[0][: max(0, num_fake - start)])
+            logits.append(batch[1][: max(0, num_is - start)])
         fid = frechet_distance(self.mean, self.covariance, *moments(torch.cat(features)), self.root)
         inception = isc_features_to_metric(torch.cat(logits).cpu(), splits=10)
         return {"fid": fid, "is_mean": inception["inception_score_mean"], "is_std": inception["inception_score_std"]}
