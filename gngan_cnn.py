@@ -121,8 +121,9 @@ class Args:
     """falling: alpha goes linearly to 0 between T/2 and 3T/4, as in the authors' Dist-GAN code."""
     penalty: Literal["l2", "rms"] = "l2"
     """V_P's norm of the logit's gradient: L2 (the formula) or root mean square over pixels (the authors' code)."""
-    autoencoder_updates: Literal["both", "encoder"] = "both"
-    """The autoencoder's update trains E and G (the paper) or E alone (the authors' code)."""
+    autoencoder_updates: Literal["both", "separate", "encoder"] = "both"
+    """The autoencoder's update trains E and G (the paper; with one Adam for both updates of G), E and G with moments of
+    G's own for it (separate), or E alone (the authors' code)."""
     # optimisation
     batch_size: int = 64
     """Images a mini-batch [paper]."""
@@ -388,15 +389,18 @@ def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
 
 
 def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.optim.Adam]:
-    """One Adam an update; where the autoencoder's trains G too, G has two sets of moments, as in the authors' code."""
-    trained = {"discriminator": ["discriminator"], "generator": ["generator"]}
+    """One Adam a network. Adam takes a gradient's size away: with moments of its own (`reconstruction`) the
+    autoencoder's update would move G as far as the generator's does, however small its gradient."""
+    trained = {"discriminator": "discriminator", "generator": "generator"}
     if args.autoencoder:
-        trained["autoencoder"] = ["encoder"] if args.autoencoder_updates == "encoder" else ["encoder", "generator"]
+        trained["encoder"] = "encoder"
+        if args.autoencoder_updates == "separate":
+            trained["reconstruction"] = "generator"
     device = next(networks.parameters()).device
-    return {update: torch.optim.Adam([p for n in names for p in networks[n].parameters()],
-                                     lr=torch.tensor(args.lr, device=device), betas=(args.beta1, args.beta2),
-                                     fused=True, capturable=device.type == "cuda" and args.cuda_graph)
-            for update, names in trained.items()}
+    return {name: torch.optim.Adam(networks[network].parameters(), lr=torch.tensor(args.lr, device=device),
+                                   betas=(args.beta1, args.beta2), fused=True,
+                                   capturable=device.type == "cuda" and args.cuda_graph)
+            for name, network in trained.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Adam, state: dict) -> None:
@@ -513,11 +517,16 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
     else:
         generate_fake = generate
 
-    def update(name: str, loss: Tensor) -> None:
-        parameters = [p for group in optimizers[name].param_groups for p in group["params"]]
-        optimizers[name].zero_grad()
-        loss.backward(inputs=parameters)
-        optimizers[name].step()
+    def update(loss: Tensor, *names: str) -> None:
+        chosen = [optimizers[name] for name in names]
+        for optimizer in chosen:
+            optimizer.zero_grad()
+        loss.backward(inputs=[p for o in chosen for group in o.param_groups for p in group["params"]])
+        for optimizer in chosen:
+            optimizer.step()
+
+    autoencoder = {"both": ("encoder", "generator"), "separate": ("encoder", "reconstruction"),
+                   "encoder": ("encoder",)}[args.autoencoder_updates]
 
     # Operations of one iteration at batch 64, counted by torch's FlopCounterMode (2 a multiply-add): 855 GFLOP on
     # CIFAR-10, of them 157 for the G(z) that neighbour embedding needs and 56 for gradient matching; 337 without an
@@ -530,18 +539,18 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         D.requires_grad_(False)
         if args.autoencoder:
             loss, terms = autoencoder_objective(x, z)
-            update("autoencoder", loss)
+            update(loss, *autoencoder)
             losses.update(terms)
             with torch.no_grad():
                 reconstruction = reconstruct(x)
         fake = generate_fake(z, update_statistics=True)  # one forward pass for D's update and, its graph kept, for G's
         D.requires_grad_(True)
         loss, terms = discriminator_objective(x, fake.detach(), reconstruction, mix, alpha)
-        update("discriminator", loss)
+        update(loss, "discriminator")
         losses.update(terms)
         D.requires_grad_(False)
         loss, terms = generator_objective(x, z, fake)
-        update("generator", loss)
+        update(loss, "generator")
         losses.update(terms)
         if args.ema:
             averages, weights = (networks[n].state_dict() for n in ("generator_ema", "generator"))

@@ -377,13 +377,12 @@ def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
 
 
 def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.optim.Adam]:
-    """One Adam an update."""
-    trained = {"discriminator": ["discriminator"], "generator": ["generator"]}
+    """One Adam a network."""
     device = next(networks.parameters()).device
-    return {update: torch.optim.Adam([p for n in names for p in networks[n].parameters()],
-                                     lr=torch.tensor(args.lr, device=device), betas=(args.beta1, args.beta2),
-                                     fused=True, capturable=device.type == "cuda" and args.cuda_graph)
-            for update, names in trained.items()}
+    return {name: torch.optim.Adam(networks[name].parameters(), lr=torch.tensor(args.lr, device=device),
+                                   betas=(args.beta1, args.beta2), fused=True,
+                                   capturable=device.type == "cuda" and args.cuda_graph)
+            for name in ("discriminator", "generator")}
 
 
 def load_optimizer(optimizer: torch.optim.Adam, state: dict) -> None:
@@ -468,11 +467,13 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
     else:
         generate_fake = generate
 
-    def update(name: str, loss: Tensor) -> None:
-        parameters = [p for group in optimizers[name].param_groups for p in group["params"]]
-        optimizers[name].zero_grad()
-        loss.backward(inputs=parameters)
-        optimizers[name].step()
+    def update(loss: Tensor, *names: str) -> None:
+        chosen = [optimizers[name] for name in names]
+        for optimizer in chosen:
+            optimizer.zero_grad()
+        loss.backward(inputs=[p for o in chosen for group in o.param_groups for p in group["params"]])
+        for optimizer in chosen:
+            optimizer.step()
 
     # G(z) is computed once for both updates; D's features of both sides are computed anew after D's update, since the
     # averages and G's gradient are to come from the D that has just learnt (Algorithm 1).
@@ -483,13 +484,13 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         fake = generate_fake(z, update_statistics=True)
         D.requires_grad_(True)
         loss, terms = discriminator_objective(x, fake.detach())
-        update("discriminator", loss)
+        update(loss, "discriminator")
         losses.update(terms)
         D.requires_grad_(False)
         for step in range(args.generator_steps):
             fake = generate_fake(z) if step else fake
             loss, terms, blended = generator_objective(x, fake)
-            update("generator", loss)
+            update(loss, "generator")
             losses.update(terms)
         if not args.baseline:
             networks["averages"].commit(blended, args.delta)

@@ -35,14 +35,15 @@ def plain_descent(script):
                                    for name, o in adam(args, networks).items()}
 
 
-def descend(optimizer, loss):
-    """A step by autograd's plain gradients."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def descend(loss, *optimizers):
+    """A step of each optimiser by autograd's plain gradients."""
+    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
         p.grad = torch.zeros_like(p)  # in p's layout: fused Adam pairs elements by their place in memory
         if g is not None:
             p.grad.copy_(g)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def assert_same_course(start, ours, theirs, lr):

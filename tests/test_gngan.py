@@ -374,7 +374,9 @@ def reference_step(script, args, networks, optimizers, rng, pictures):
         return logit, torch.autograd.grad(logit.sum(), v, create_graph=True)[0]
 
     def update(name, loss):
-        descend(optimizers[name], loss)
+        others = {"both": ["generator"], "separate": ["reconstruction"], "encoder": []}[args.autoencoder_updates]
+        names = ["encoder", *others] if name == "autoencoder" else [name]
+        descend(loss, *(optimizers[n] for n in names))
 
     if args.autoencoder:
         latent = E(x)
@@ -425,7 +427,7 @@ def reference_step(script, args, networks, optimizers, rng, pictures):
 
 
 @pytest.mark.parametrize("setting", [*ABLATIONS, {"distgan": True}, {"hinge": True}, {"hinge": False},
-                                     {"autoencoder_updates": "encoder"},
+                                     {"autoencoder_updates": "encoder"}, {"autoencoder_updates": "separate"},
                                      {"hinge": True, "autoencoder": False, "gradient_matching": False},
                                      {"hinge": False, "autoencoder": False, "gradient_matching": False}])
 def test_an_iteration_is_algorithm_1(script, setting, monkeypatch):
@@ -445,16 +447,21 @@ def test_an_iteration_is_algorithm_1(script, setting, monkeypatch):
     assert_same_course(start, ours, weights(networks), optimizers["generator"].param_groups[0]["lr"])
 
 
-def test_what_the_autoencoder_update_trains(script):
-    """With encoder alone and lr such that D and G stand still elsewhere, G moves by its own update only."""
-    args, networks, _, _ = setup(script, autoencoder_updates="encoder")
-    names = {id(p): n for n, p in networks.named_parameters()}
-    trained = {k: {names[id(p)].split(".")[0] for p in o.param_groups[0]["params"]}
-               for k, o in script.init_optimizers(args, networks).items()}
-    assert trained == {"autoencoder": {"encoder"}, "generator": {"generator"}, "discriminator": {"discriminator"}}
-    args = dataclasses.replace(args, autoencoder_updates="both")
-    both = script.init_optimizers(args, networks)["autoencoder"]
-    assert {names[id(p)].split(".")[0] for p in both.param_groups[0]["params"]} == {"encoder", "generator"}
+@pytest.mark.parametrize("updates", ["both", "separate", "encoder"])
+def test_what_the_autoencoder_update_trains(script, updates):
+    """One Adam a network, or a second one for G; the reconstruction moves G unless E alone is trained."""
+    args, networks, step, _ = setup(script, autoencoder_updates=updates, lambda_m1=0.0, lambda_m2=0.0)
+    optimizers = script.init_optimizers(args, networks)
+    names = {id(p): n.split(".")[0] for n, p in networks.named_parameters()}
+    trained = {k: {names[id(p)] for p in o.param_groups[0]["params"]} for k, o in optimizers.items()}
+    expected = {"discriminator": {"discriminator"}, "generator": {"generator"}, "encoder": {"encoder"}}
+    assert trained == expected | ({"reconstruction": {"generator"}} if updates == "separate" else {})
+    rng = torch.Generator().manual_seed(args.seed)
+    finite, alpha = torch.tensor(True), torch.tensor(args.alpha)
+    script.make_train_step(args, networks, optimizers, rng)(noise(args), alpha, finite)
+    steps = {k: int(next(iter(o.state.values()))["step"]) for k, o in optimizers.items()}
+    assert steps["generator"] == (2 if updates == "both" else 1) and steps["encoder"] == 1
+    assert steps.get("reconstruction", 1) == 1
 
 
 def test_schedules(script):

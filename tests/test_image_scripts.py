@@ -27,7 +27,7 @@ GNGAN = ([[f"--{'' if ne else 'no-'}neighbor-embedding", f"--{'' if gm else 'no-
            f"--{'' if ae else 'no-'}autoencoder"] for ne in (1, 0) for gm in (1, 0) for ae in (1, 0)]
          + [["--distgan"], ["--hinge"], ["--no-hinge"], ["--hinge", "--distgan"], ["--ema", "0.9"],
             ["--precision", "bf16"], ["--no-channels-last"], ["--penalty", "rms"],
-            ["--autoencoder-updates", "encoder"], ["--image-size", "48"],
+            ["--autoencoder-updates", "encoder"], ["--autoencoder-updates", "separate"], ["--image-size", "48"],
             ["--alpha-schedule", "falling", "--lr-schedule", "linear"]])
 MMGAN = ([["--kernel", k] for k in ("none", "linear", "poly", "rbf", "exp")]
          + [["--beta", "0"], ["--kernel-width", "50"], ["--no-correlation-in-discriminator"], ["--joint-batch"],

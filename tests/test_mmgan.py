@@ -270,15 +270,15 @@ def reference_step(script, args, networks, optimizers, rng, pictures, history):
     if not args.baseline:
         match, penalty = final(averaged(y, f), f)
         loss = loss - match - (penalty if args.correlation_in_discriminator else 0)
-    descend(optimizers["discriminator"], loss)
+    descend(loss, optimizers["discriminator"])
     if args.baseline:
         for _ in range(args.generator_steps):
-            descend(optimizers["generator"], -F.logsigmoid(D(G(z))).mean())
+            descend(-F.logsigmoid(D(G(z))).mean(), optimizers["generator"])
         return
     _, y, _, f = discriminate(x, G(z))
     new = averaged(y.detach(), f)
     match, penalty = final(new, f)
-    descend(optimizers["generator"], match + penalty)
+    descend(match + penalty, optimizers["generator"])
     history.update({k: v.detach() for k, v in new.items()})
 
 
