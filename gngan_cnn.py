@@ -119,8 +119,8 @@ class Args:
     """Share of the reconstructions among the reals of Eq. 7 [paper]."""
     alpha_schedule: Literal["constant", "falling"] = "constant"
     """falling: alpha goes linearly to 0 between T/2 and 3T/4, as in the authors' Dist-GAN code."""
-    penalty: Literal["l2", "rms"] = "l2"
-    """V_P's norm of the logit's gradient: L2 (the formula) or root mean square over pixels (the authors' code)."""
+    penalty: Literal["l2", "rms"] = "rms"
+    """V_P's norm of the logit's gradient: root mean square over pixels (the authors' code) or L2 (the formula)."""
     autoencoder_updates: Literal["both", "separate", "encoder"] = "both"
     """The autoencoder's update trains E and G (the paper; with one Adam for both updates of G), E and G with moments of
     G's own for it (separate), or E alone (the authors' code)."""
@@ -1026,7 +1026,8 @@ def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, eval
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # until training begins
+    for number in (signal.SIGINT, signal.SIGTERM):  # until training begins; SIGINT too, which a shell's & has ignored
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     given, args, file, checkpoint = parse_args()
     if args.compile and not can_compile():
         print(f"{SCRIPT}.py: no C++ compiler or no Python headers: training uncompiled "
@@ -1070,7 +1071,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # before training began: there is nothing to save
+    except KeyboardInterrupt:  # before main
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
         print(f"{SCRIPT}.py: error: out of GPU memory: lower --batch-size or --width", file=sys.stderr)

@@ -119,8 +119,8 @@ class Args:
     """Share of the reconstructions among the reals of Eq. 7 [paper]."""
     alpha_schedule: Literal["constant", "falling"] = "constant"
     """falling: alpha goes linearly to 0 between T/2 and 3T/4, as in the authors' Dist-GAN code."""
-    penalty: Literal["l2", "rms"] = "l2"
-    """V_P's norm of the logit's gradient: L2 (the formula) or root mean square over pixels (the authors' code)."""
+    penalty: Literal["l2", "rms"] = "rms"
+    """V_P's norm of the logit's gradient: root mean square over pixels (the authors' code) or L2 (the formula)."""
     autoencoder_updates: Literal["both", "separate", "encoder"] = "both"
     """The autoencoder's update trains E and G (the paper; with one Adam for both updates of G), E and G with moments of
     G's own for it (separate), or E alone (the authors' code)."""
@@ -223,23 +223,22 @@ class Block(nn.Module):
     """[B, a, s, s] -> [B, b, s, s] or, with shrink, [B, b, s/2, s/2]: D's residual block, without normalisation.
 
     The authors shrink by a 1x1 convolution of stride 2 after the 3x3 one (and, in the first block, before the
-    shortcut's). It reads every other position, so the convolution before it is computed at those alone.
+    shortcut's). It reads every other position, so what comes before it is computed at those alone.
     """
 
     def __init__(self, a: int, b: int, shrink: bool, first: bool):
         super().__init__()
-        self.first, stride = first, 2 if shrink else 1
-        self.conv1, self.conv2 = nn.Conv2d(a, b, 3, 1, 1), nn.Conv2d(b, b, 3, stride, 1)
+        self.first, self.stride = first, 2 if shrink else 1
+        self.conv1, self.conv2 = nn.Conv2d(a, b, 3, 1, 1), nn.Conv2d(b, b, 3, self.stride, 1)
         self.shrink = nn.Conv2d(b, b, 1) if shrink else nn.Identity()
-        self.shortcut = nn.Sequential()
-        if first:
-            self.shortcut.extend([nn.Conv2d(a, a, 1, 2), nn.Conv2d(a, b, 1)])
-        elif shrink or a != b:
-            self.shortcut.extend([nn.Conv2d(a, b, 1, stride), *([nn.Conv2d(b, b, 1)] if shrink else [])])
+        shortcut = [(a, a), (a, b)] if first else [(a, b), (b, b)] if shrink else [(a, b)] if a != b else []
+        self.shortcut = nn.Sequential(*(nn.Conv2d(c, d, 1) for c, d in shortcut))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(x if self.first else leaky_relu(x, 0.0))
-        return self.shrink(self.conv2(leaky_relu(y, 0.0))) + self.shortcut(x)
+        y = self.shrink(self.conv2(leaky_relu(y, 0.0)))
+        # not by strides: PyTorch 2.15's 1x1 convolution of stride 2 writes past its memory on a CPU (3 channels last)
+        return y + self.shortcut(x[:, :, :: self.stride, :: self.stride])
 
 
 class Discriminator(nn.Module):
@@ -1075,7 +1074,8 @@ def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, eval
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # until training begins
+    for number in (signal.SIGINT, signal.SIGTERM):  # until training begins; SIGINT too, which a shell's & has ignored
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     given, args, file, checkpoint = parse_args()
     if args.compile and not can_compile():
         print(f"{SCRIPT}.py: no C++ compiler or no Python headers: training uncompiled "
@@ -1119,7 +1119,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # before training began: there is nothing to save
+    except KeyboardInterrupt:  # before main
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
         print(f"{SCRIPT}.py: error: out of GPU memory: lower --batch-size or --width", file=sys.stderr)

@@ -988,7 +988,8 @@ def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, eval
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # until training begins
+    for number in (signal.SIGINT, signal.SIGTERM):  # until training begins; SIGINT too, which a shell's & has ignored
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     given, args, file, checkpoint = parse_args()
     if args.compile and not can_compile():
         print(f"{SCRIPT}.py: no C++ compiler or no Python headers: training uncompiled "
@@ -1035,7 +1036,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # before training began: there is nothing to save
+    except KeyboardInterrupt:  # before main
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
         print(f"{SCRIPT}.py: error: out of GPU memory: lower --batch-size or --width", file=sys.stderr)

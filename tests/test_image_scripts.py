@@ -26,7 +26,7 @@ TINY = ["--width", "0.03125", "--batch-size", "8", "--latent-dim", "8", "--eval-
 GNGAN = ([[f"--{'' if ne else 'no-'}neighbor-embedding", f"--{'' if gm else 'no-'}gradient-matching",
            f"--{'' if ae else 'no-'}autoencoder"] for ne in (1, 0) for gm in (1, 0) for ae in (1, 0)]
          + [["--distgan"], ["--hinge"], ["--no-hinge"], ["--hinge", "--distgan"], ["--ema", "0.9"],
-            ["--precision", "bf16"], ["--no-channels-last"], ["--penalty", "rms"],
+            ["--precision", "bf16"], ["--no-channels-last"], ["--penalty", "l2"],
             ["--autoencoder-updates", "encoder"], ["--autoencoder-updates", "separate"], ["--image-size", "48"],
             ["--alpha-schedule", "falling", "--lr-schedule", "linear"]])
 MMGAN = ([["--kernel", k] for k in ("none", "linear", "poly", "rbf", "exp")]
@@ -81,7 +81,7 @@ def test_the_run_folder(script, data, weights, tmp_path):
     scored = ["--eval-every", 4, "--num-real", 10, "--num-fake", 10, "--inception-weights", weights]
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     given = arguments(data, tmp_path, "r", "--iterations", 4, "--log-every", 2, "--sample-every", 2, "--lr", "0.01",
-                      *scored)
+                      "--lr-schedule", "constant", *scored)
     out, err = run(script, *given, environment=environment)
     folder = tmp_path / "r"
     setting = json.loads((folder / "args.json").read_text())
@@ -90,7 +90,7 @@ def test_the_run_folder(script, data, weights, tmp_path):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [4]
     assert set(lines[0]) == {"iteration", "fid", "is_mean", "is_std", "seconds", "images_per_second"}
-    assert lines[0]["fid"] > 0 and lines[0]["is_mean"] >= 1 and lines[0]["images_per_second"] > 0
+    assert lines[0]["fid"] > 0 and lines[0]["is_mean"] > 0.999 and lines[0]["images_per_second"] > 0
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["00000002.png", "00000004.png"]
     grid = np.asarray(Image.open(folder / "samples/00000004.png"))
     assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3) and grid.std() > 1
@@ -265,7 +265,7 @@ def test_evaluating_does_not_change_training(script, data, tmp_path):
 
 def test_a_full_disk_keeps_the_old_checkpoint(straight, data, tmp_path):
     script, _ = straight
-    run(script, *arguments(data, tmp_path, "r", "--iterations", 2))
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 2, "--lr-schedule", "constant"))
     before = (tmp_path / "r/checkpoint.pt").read_bytes()
     assert len(before) > 50000
     _, err = run(script, "--resume", tmp_path / "r", "--iterations", 4, "--checkpoint-every", 1, status=2,
@@ -288,7 +288,7 @@ def test_a_diverged_run_stops(script, data, tmp_path):
 @every_script
 def test_weights_that_the_last_update_spoiled_are_not_saved(script, data, tmp_path):
     """G's last update can spoil its weights after every loss of the iteration was finite."""
-    run(script, *arguments(data, tmp_path, "r", "--iterations", 1))
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 1, "--lr-schedule", "constant"))
     checkpoint = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
     checkpoint["optimizers"]["generator"]["state"][0]["exp_avg_sq"].fill_(math.nan)
     torch.save(checkpoint, tmp_path / "r/checkpoint.pt")
@@ -299,7 +299,7 @@ def test_weights_that_the_last_update_spoiled_are_not_saved(script, data, tmp_pa
 
 @every_script
 def test_a_diverged_run_keeps_the_last_good_checkpoint(script, data, tmp_path):
-    run(script, *arguments(data, tmp_path, "r", "--iterations", 2))
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 2, "--lr-schedule", "constant"))
     checkpoint = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
     checkpoint["networks"]["discriminator.linear.bias"].fill_(math.nan)
     torch.save(checkpoint, tmp_path / "r/checkpoint.pt")
