@@ -71,9 +71,11 @@ def setup(args, **switches):
     optimizers = script.init_optimizers(resolved, networks)
     rng = torch.Generator(device).manual_seed(1)
     step = script.make_train_step(resolved, networks, optimizers, rng)
-    shape = (args.batch_size, 3, resolved.image_size, resolved.image_size)
+    shape = (args.batch_size, 1 if args.dataset == "mnist" else 3, resolved.image_size, resolved.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(device)
-    given = (images, torch.tensor(resolved.alpha, device=device), torch.tensor(True, device=device))
+    given = (images, torch.tensor(True, device=device))  # and what a script's train_step takes between the two
+    if args.script.startswith("gngan"):
+        given = (images, torch.tensor(resolved.alpha, device=device), given[1])
     if device.type == "cuda" and resolved.cuda_graph:
         step = script.GraphedStep(step, networks, optimizers, rng, *given)
     return lambda: step(*given), device
