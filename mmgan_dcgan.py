@@ -102,17 +102,19 @@ class Args:
     # loss
     kernel: Optional[Literal["none", "linear", "poly", "rbf", "exp"]] = None
     """K of Eq. 7 and 8; none: Eq. 4 and 5. Default: rbf; celeba: exp [paper, figure 3]."""
-    kernel_width: Union[Literal["auto"], float] = "auto"
-    """The kernel's width w. auto: a moving average over real features of their squared distance from the centroid
-    (rbf), their distance (exp) or their squared norm (poly), so that K there is about 0.6 [ours]."""
+    kernel_width: Union[Literal["auto", "real"], float] = "auto"
+    """The kernel's width w. auto: a moving average, over real and generated features, of their squared distance from
+    the centroid of them all (rbf), their distance (exp) or their squared norm (poly), so that K there is about 0.6.
+    real: over the real ones alone, by which the spheres of rbf soon lie too far apart for any gradient [ours]."""
     alpha: float = 1.0
     """Weight of the difference of radii in Eq. 8 [paper]."""
     beta: Optional[float] = None
     """Weight of the correlation regulariser R_G; 0: "No R_G". Default: 1; cifar10 and folder: 0.1 [paper]."""
     delta: float = 0.9
     """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
-    correlation_in_discriminator: bool = True
-    """R_G is part of D's loss too, with a minus, as Eq. 10 has it; without: G's alone, as section V has it."""
+    correlation_in_discriminator: bool = False
+    """R_G is part of D's loss too, with a minus, as Eq. 10 has it, by which D learns to let all generated images look
+    the same and nothing else; without: G's alone, as section V has it."""
     joint_batch: bool = False
     """Real and generated images go through D as one batch, with joint batch-norm statistics, not as two [ours]."""
     baseline: bool = False
@@ -303,7 +305,7 @@ def correlation_penalty(features: Tensor) -> Tensor:
 
 
 def typical_width(features: Tensor, name: str) -> Tensor:
-    """What `--kernel-width auto` averages over the real features [n, d], without gradient; see there."""
+    """What `--kernel-width auto` or `real` averages over features [n, d], without gradient; see there."""
     features = features.detach()
     if name == "poly":
         return features.square().sum(1).mean()
@@ -343,10 +345,11 @@ def match(args: Args, averages: Averages, y: Tensor, x: Tensor
           ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """L_G and R_G of real features y and generated ones x [B, d]; what is logged; the averages with both taken in."""
     width = torch.ones((), device=y.device)
-    if args.kernel_width != "auto":
+    if not isinstance(args.kernel_width, str):
         width = width * args.kernel_width
-    elif args.kernel in ("rbf", "exp", "poly"):
-        width = averages.blend("kernel_width", typical_width(y, args.kernel))
+    elif args.kernel in ("rbf", "exp", "poly"):  # of all features, so that K does not vanish between the two spheres
+        points = y if args.kernel_width == "real" else torch.cat([y, x])
+        width = averages.blend("kernel_width", typical_width(points, args.kernel))
     blended = {"kernel_width": width}
     for side, features in (("real", y), ("fake", x)):
         centroid, radius = manifold(features, args.kernel, width)
@@ -703,7 +706,7 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
             raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be {low} or more")
     for name in ("kernel_width", "alpha", "beta", "lr", "width"):
         value, positive = getattr(resolved, name), name in ("kernel_width", "lr", "width")
-        if value not in (None, "auto") and (not 0 <= value < math.inf or positive and not value):
+        if value is not None and not isinstance(value, str) and (not 0 <= value < math.inf or positive and not value):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a number "
                             f"{'above' if positive else 'from'} 0")
     for name in ("delta", "ema", "beta1", "beta2"):

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import datasets
 
-SCRIPTS = ["gngan_cnn.py", "gngan_resnet.py", "mmgan_dcgan.py"]
+SCRIPTS = ["gngan_cnn.py", "gngan_resnet.py", "mmgan_dcgan.py", "mmgan_igan.py"]
 TINY = ["--width", "0.03125", "--batch-size", "8", "--latent-dim", "8", "--eval-every", "0"]
 GNGAN = ([[f"--{'' if ne else 'no-'}neighbor-embedding", f"--{'' if gm else 'no-'}gradient-matching",
            f"--{'' if ae else 'no-'}autoencoder"] for ne in (1, 0) for gm in (1, 0) for ae in (1, 0)]
@@ -30,11 +30,15 @@ GNGAN = ([[f"--{'' if ne else 'no-'}neighbor-embedding", f"--{'' if gm else 'no-
             ["--autoencoder-updates", "encoder"], ["--autoencoder-updates", "separate"], ["--image-size", "48"],
             ["--alpha-schedule", "falling", "--lr-schedule", "linear"]])
 MMGAN = ([["--kernel", k] for k in ("none", "linear", "poly", "rbf", "exp")]
-         + [["--beta", "0"], ["--kernel-width", "50"], ["--no-correlation-in-discriminator"], ["--joint-batch"],
-            ["--baseline"], ["--ema", "0.9"], ["--precision", "bf16"], ["--no-channels-last"], ["--image-size", "45"],
-            ["--lr-schedule", "linear"]])
+         + [["--beta", "0"], ["--kernel-width", "50"], ["--correlation-in-discriminator", "--kernel-width", "real"],
+            ["--ema", "0.9"], ["--precision", "bf16"], ["--no-channels-last"]])
 SETTINGS = {"gngan_cnn.py": GNGAN, "gngan_resnet.py": GNGAN,
-            "mmgan_dcgan.py": MMGAN + [["--baseline", "--generator-steps", "2"]]}
+            "mmgan_dcgan.py": MMGAN + [["--joint-batch"], ["--baseline"], ["--baseline", "--generator-steps", "2"],
+                                       ["--image-size", "45"], ["--lr-schedule", "linear"]],
+            "mmgan_igan.py": MMGAN + [["--baseline", "minibatch"], ["--baseline", "feature-matching", "--ema", "0.9"],
+                                      ["--baseline", "minibatch", "--no-virtual-batch-norm", "--generator-steps", "2"],
+                                      ["--minibatch-discrimination"], ["--features", "map", "--image-size", "48"],
+                                      ["--lr-schedule", "constant"]]}
 CASES = [(s, x) for s in SCRIPTS for x in SETTINGS[s]]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 UNLIKE = ("seconds", "images_per_second", "run_dir", "run_name", "resume", "checkpoint_every")
@@ -138,7 +142,7 @@ def test_the_run_folder(script, data, weights, tmp_path):
     ("gngan_cnn.py", "cifar10", make_data.cifar10, 32), ("gngan_cnn.py", "stl10", make_data.stl10, 48),
     ("gngan_resnet.py", "cifar10", make_data.cifar10, 32), ("gngan_resnet.py", "stl10", make_data.stl10, 48),
     ("mmgan_dcgan.py", "mnist", make_data.mnist, 28), ("mmgan_dcgan.py", "cifar10", make_data.cifar10, 32),
-    ("mmgan_dcgan.py", "celeba", make_data.celeba, 64)])
+    ("mmgan_dcgan.py", "celeba", make_data.celeba, 64), ("mmgan_igan.py", "cifar10", make_data.cifar10, 32)])
 def test_data_sets(script, dataset, make, size, tmp_path):
     make(tmp_path / "data")
     run(script, "--dataset", dataset, "--data-dir", tmp_path / "data", *TINY, "--iterations", 2, "--run-dir", tmp_path,
@@ -350,15 +354,30 @@ def test_gngan_errors(script, given, words, data, tmp_path):
 
 
 @pytest.mark.parametrize("given,words", [
-    (["--baseline", "--kernel", "rbf"], ["--baseline has no kernel"]), (["--baseline", "--beta", "1"], ["no beta"]),
-    (["--baseline", "--no-correlation-in-discriminator"], ["no correlation in discriminator"]),
+    (["--baseline", "?", "--kernel", "rbf"], ["--baseline has no kernel"]),
+    (["--baseline", "?", "--beta", "1"], ["no beta"]),
+    (["--baseline", "?", "--correlation-in-discriminator"], ["correlation in discriminator"]),
     (["--generator-steps", "2"], ["--generator-steps is the baseline's"]),
     (["--kernel-width", "0"], ["--kernel-width is 0"]), (["--delta", "1"], ["--delta is 1"]),
     (["--epochs", "0"], ["--epochs is 0"]), (["--num-is", "9"], ["--num-is is 9"]),
 ])
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if s.startswith("mmgan")])
 def test_mmgan_errors(script, given, words, data, tmp_path):
+    baseline = ["minibatch"] if script == "mmgan_igan.py" else []
+    given = [word for v in given for word in (baseline if v == "?" else [v])]
     check_error(script, words, *arguments(data, tmp_path, "r", *given))
+
+
+@pytest.mark.parametrize("given,words", [
+    (["--baseline", "feature-matching", "--label-smoothing", "0.2"], ["--label-smoothing", "minibatch alone"]),
+    (["--no-virtual-batch-norm"], ["--virtual-batch-norm", "minibatch alone"]),
+    (["--baseline", "minibatch", "--historical-averaging", "-1"], ["--historical-averaging is -1"]),
+    (["--baseline", "minibatch", "--label-smoothing", "1"], ["--label-smoothing is 1"]),
+    (["--baseline", "minibatch", "--features", "map"], ["--baseline has no features"]),
+    (["--image-size", "36"], ["--image-size is 36", "multiple of 8"]),
+])
+def test_igan_errors(given, words, data, tmp_path):
+    check_error("mmgan_igan.py", words, *arguments(data, tmp_path, "r", *given))
 
 
 @every_script
@@ -378,7 +397,7 @@ def extended(folder, tmp_path, **changes):
 
 def test_resume_errors(straight, data, tmp_path):
     script, folder = straight
-    check_error(script, ["--width (0.03125 in the checkpoint, 0.5 here)", "--lr (0.0002", "leave these flags out"],
+    check_error(script, ["--width (0.03125 in the checkpoint, 0.5 here)", "--lr (0.000", "leave these flags out"],
                 "--resume", folder, "--width", "0.5", "--lr", "0.1")
     check_error(script, ["--width (0.03125"], "--evaluate", folder, "--width", "0.5")
     check_error(script, ["holds G alone"], "--resume", folder / "generator.pt")

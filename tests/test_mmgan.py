@@ -9,13 +9,18 @@ import torch.nn.functional as F
 from steps import assert_same_course, conv, count, descend, noise, plain_descent, setup, shapes, weights
 from torch import nn
 
-SCRIPTS = ["mmgan_dcgan"]
+SCRIPTS = ["mmgan_dcgan", "mmgan_igan"]
 KERNELS = ["linear", "poly", "rbf", "exp"]
 
 
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     return importlib.import_module(request.param)
+
+
+def scaled(script, pictures):
+    """The images that the networks see."""
+    return pictures.float() / 127.5 - 1 if script.SCRIPT == "mmgan_dcgan" else (pictures.float() - 127.5) / 128
 
 
 def points(n=5, d=7, seed=0, scale=1.0):
@@ -136,11 +141,14 @@ def test_cross_entropy(script):
 
 @pytest.mark.parametrize("name,low,high", [("rbf", 0.55, 0.67), ("exp", 0.55, 0.67)])
 def test_automatic_width_keeps_the_kernel_from_saturating(script, name, low, high):
-    """Whatever the features' scale and number, the mean of K between them and their centroid is about e^-1/2."""
+    """Whatever the features' scale and number, the mean of K between them and their centroid is about e^-1/2; between
+    the centroids of two sets, however far from each other, it is at least e^-2."""
     for d, scale in ((4, 0.01), (2000, 30.0)):
         y = points(64, d, scale=scale).detach()
         width = script.typical_width(y, name)
         assert low < script.kernel(y, y.mean(0, keepdim=True), name, width).mean() < high
+        far = torch.cat([y, y + 1e3 * scale])
+        assert script.kernel(y.mean(0)[None], far[64:].mean(0)[None], name, script.typical_width(far, name)) > 0.13
     assert script.typical_width(y, "poly").item() == pytest.approx(y.square().sum(1).mean().item())
 
 
@@ -180,14 +188,188 @@ def test_dcgan_initial_weights():
             assert module.weight.eq(1).all() and module.eps == 1e-5 and module.momentum == 0.1
 
 
+def undisturbed(monkeypatch, script):
+    """Training without noise or dropout in D."""
+    if script.SCRIPT == "mmgan_igan":
+        monkeypatch.setattr(script, "draw_noise", lambda *_: None)
+
+
+def igan(**kwargs):
+    import mmgan_igan as script
+    args = script.resolve(script.Args(**{"width": 1 / 32, "batch_size": 6, "latent_dim": 8, **kwargs}))
+    return script, args, script.init_networks(args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_igan_networks(size):
+    """The notes' layers; parameters counted from them: weight norm has a scale an output channel more."""
+    import mmgan_igan as script
+    args = script.resolve(script.Args(image_size=size))
+    generator, discriminator = script.Generator(args), script.Discriminator(args)
+    s = size // 8
+    assert shapes(generator, torch.zeros(2, 100)) == [(512 * s * s,), (256, 2 * s, 2 * s), (128, 4 * s, 4 * s),
+                                                      (3, 8 * s, 8 * s)]
+    assert count(generator) == 100 * 512 * s * s + 512 * s * s + conv(512, 256, 5) + conv(256, 128, 5) + conv(
+        128, 3, 5) + 3
+    x = torch.zeros(2, 3, size, size)
+    sides = [size, size, size // 2] + [size // 2, size // 2, size // 4] + [size // 4 - 2] * 3
+    assert shapes(discriminator, x) == [(c, v, v) for c, v in zip([96] * 3 + [192] * 6, sides)] + [(10,)]
+    layers = conv(3, 96, 3) + 2 * conv(96, 96, 3) + conv(96, 192, 3) + 3 * conv(192, 192, 3) + 2 * conv(192, 192, 1)
+    assert count(discriminator) == layers + 3 * 96 + 6 * 192 + conv(192, 10, 1) + 10
+    with_layer = script.Discriminator(script.dataclasses.replace(args, minibatch_discrimination=True))
+    assert count(with_layer) - count(discriminator) == 192 * 500 + 500 + 100 + 100 * 10
+    assert discriminator.features(x).shape == (2, 192, size // 4 - 2, size // 4 - 2)
+    images = generator(torch.rand(4, 100))
+    assert -1 <= images.min() and images.max() <= 1
+    trained = {n: sum(p.numel() for p in o.param_groups[0]["params"]) for n, o in script.init_optimizers(
+        args, nn.ModuleDict({"generator": generator, "discriminator": discriminator})).items()}
+    assert trained == {"generator": count(generator), "discriminator": count(discriminator) - 3 * 96 - 6 * 192}
+
+
+def test_weight_norm():
+    """g v / |v| over all but the output channel, for convolutions, transposed ones and linear layers."""
+    import mmgan_igan as script
+    for layer, axis in ((nn.Conv2d(3, 4, 3), 0), (nn.ConvTranspose2d(3, 4, 3), 1), (nn.Linear(3, 4), 0)):
+        layer = script.weight_norm(layer, train_scale=True)
+        v = layer.parametrizations.weight.original1
+        assert v.std().item() == pytest.approx(0.05, rel=0.5) and not layer.bias.any()
+        with torch.no_grad():
+            layer.parametrizations.weight.original0.copy_(torch.arange(1.0, 5).view_as(
+                layer.parametrizations.weight.original0))
+        for i in range(4):
+            expected = (i + 1) * v.select(axis, i) / v.select(axis, i).square().sum().sqrt()
+            torch.testing.assert_close(layer.weight.select(axis, i), expected)
+
+
+@pytest.mark.parametrize("setting", [{}, {"baseline": "minibatch"}, {"minibatch_discrimination": True, "ema": 0.5}])
+def test_data_dependent_initialisation(setting):
+    """On its own batch and draws every weight-normed layer's output has mean 0 and deviation 1, in the last layers 0.1;
+    minibatch discrimination's has mean 0."""
+    script, args, networks = igan(**setting)
+    images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    script.init_by_data(args, networks, images, torch.Generator().manual_seed(3))
+    seen, closeness = [], []
+    for name in ("generator", "discriminator"):
+        for module in networks[name].modules():
+            if hasattr(module, "init_std"):
+                module.register_forward_hook(lambda m, i, o: seen.append((m.init_std, o.transpose(0, 1).flatten(1))))
+            elif isinstance(module, script.MinibatchDiscrimination):
+                module.register_forward_hook(lambda m, i, o: closeness.append((m, i[0], o[:, i[0].shape[1]:])))
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        networks["generator"](script.draw_latents(50, args, rng, torch.device("cpu")))
+        networks["discriminator"](scaled(script, images), script.draw_noise(50, args, rng, torch.device("cpu")))
+    assert [std for std, _ in seen] == [0.1] + [1.0] * 9 + [0.1]
+    for std, output in seen:
+        torch.testing.assert_close(output.mean(1), torch.zeros(len(output)), rtol=0, atol=1e-3 * std)
+        torch.testing.assert_close(output.std(1, correction=0), torch.full((len(output),), std), rtol=1e-2, atol=0)
+    assert len(closeness) == bool(setting)
+    for layer, inputs, output in closeness:
+        assert output.mean(0).abs().max() < 1e-3
+        torch.testing.assert_close(layer.distances(inputs).amin(1).mean(0), torch.full((output.shape[1],), 2.0))
+    if args.ema:
+        for a, b in zip(networks["generator"].parameters(), networks["generator_ema"].parameters()):
+            assert torch.equal(a, b)
+
+
+def test_minibatch_discrimination():
+    import mmgan_igan as script
+    torch.manual_seed(0)
+    layer, x = script.MinibatchDiscrimination(4, 3, dim=2), torch.randn(5, 4)
+    with torch.no_grad():
+        layer.log_scale.normal_()
+    output = layer(x)
+    theta, scale = layer.theta.detach().double().numpy(), np.exp(layer.log_scale.detach().double().numpy())
+    expected = np.full((5, 3), -1.0)
+    for k in range(3):
+        m = np.array([[sum(v[f] * theta[f, k, j] for f in range(4)) * scale[k, j] / np.linalg.norm(theta[:, k, j])
+                       for j in range(2)] for v in x.double().numpy()])
+        for i in range(5):
+            expected[i, k] += sum(np.exp(-np.abs(m[i] - m[j]).sum()) for j in range(5) if j != i)
+    np.testing.assert_allclose(output[:, 4:].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(output[:, :4], x)
+
+
+def test_virtual_batch_norm():
+    """Each sample by the moments of the reference batch and itself, whatever else is in the batch."""
+    import mmgan_igan as script
+    torch.manual_seed(0)
+    norm, x = script.VirtualBatchNorm(3, 4), torch.randn(7, 3, 2, 2) * 2 + 1
+    with torch.no_grad():
+        norm.bias.normal_()
+    y = norm(x, True)
+    for i in range(7):
+        samples = x[:4] if i < 4 else torch.cat([x[:4], x[i : i + 1]])
+        mean, var = samples.mean((0, 2, 3)), samples.var((0, 2, 3), correction=0)
+        expected = (x[i] - mean[:, None, None]) / (var + 1e-6).sqrt()[:, None, None] + norm.bias[:, None, None]
+        torch.testing.assert_close(y[i], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm(x[:5], False)[4], y[4])
+
+
+def test_logsumexp_logit():
+    """Half the cross-entropy of the sigmoid of logsumexp is Improved GAN's loss, also at large logits."""
+    script, args, networks = igan()
+    D, features = networks["discriminator"], torch.rand(6, 6, 4, 4)
+    logit = D.logit(features)
+    classes = D.linear(features.mean((2, 3)))
+    torch.testing.assert_close(logit, classes.exp().sum(1).log())
+    with torch.no_grad():
+        D.linear.bias.copy_(torch.linspace(-3e4, 3e4, 10))
+    large = D.logit(features)
+    torch.testing.assert_close(large, torch.full((6,), 3e4), rtol=1e-3, atol=0)
+    for real, fake in ((logit, logit - 3), (large, -large), (-large, large)):
+        real, fake = real.double(), fake.double()
+        expected = (-real.mean() + F.softplus(real).mean() + F.softplus(fake).mean()) / 2
+        value = script.cross_entropy(real, fake) / 2
+        assert value.isfinite() and value.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_noise():
+    """Gaussian noise or dropout on the images, dropout after each stride; unbiased, drawn from the generator given."""
+    import mmgan_igan as script
+    for baseline in ("minibatch", None):
+        args = script.resolve(script.Args(baseline=baseline, width=0.25))
+        first, *masks = script.draw_noise(50, args, torch.Generator().manual_seed(0), torch.device("cpu"))
+        assert [tuple(v.shape) for v in (first, *masks)] == [(50, 3, 32, 32), (50, 24, 16, 16), (50, 48, 8, 8)]
+        if baseline:
+            assert first.mean().abs() < 0.01 and first.std().item() == pytest.approx(0.2, rel=0.02)
+        else:
+            assert set(first.unique().tolist()) == {0.0, 1.25} and first.mean().item() == pytest.approx(1, abs=0.02)
+        for mask in masks:
+            assert set(mask.unique().tolist()) == {0.0, 2.0} and mask.mean().item() == pytest.approx(1, abs=0.02)
+        again = script.draw_noise(50, args, torch.Generator().manual_seed(0), torch.device("cpu"))
+        assert all(torch.equal(a, b) for a, b in zip((first, *masks), again))
+
+
+def test_historical_averaging():
+    """The mean of the weights that each update began with, and G's and D's distance from it."""
+    script, args, networks = igan(baseline="minibatch", generator_steps=1)
+    history = networks["history"]["discriminator"]
+    step = setup(script, baseline="minibatch")
+    assert step[0].generator_steps == 3 and "history" in step[1]
+    seen = []
+    for _ in range(3):
+        with torch.no_grad():
+            networks["discriminator"].linear.bias.normal_()
+        seen.append(networks["discriminator"].linear.bias.detach().clone())
+        history.take_in(networks["discriminator"])
+    mean = torch.stack(seen).mean(0)
+    torch.testing.assert_close(history.mean.linear.bias.detach(), mean)
+    assert history.distance(networks["discriminator"]).item() == pytest.approx((seen[-1] - mean).square().sum().item())
+    assert "history" not in igan(baseline="minibatch", historical_averaging=0.0)[2]
+
+
 # ------------------------------------------------------------------------------------------------ one iteration
-def features(networks, x):
-    return networks["discriminator"].features(x).flatten(1)
+def features(script, args, networks, x, noise=None):
+    """The features [B, d] that are matched."""
+    maps = networks["discriminator"].features(x, *noise or [])
+    return maps.mean((2, 3)) if getattr(args, "features", "map") == "pooled" else maps.flatten(1)
 
 
 @pytest.mark.parametrize("kernel", ["none", "rbf"])
-def test_averages_against_a_sequence_by_hand(script, kernel):
+def test_averages_against_a_sequence_by_hand(script, kernel, monkeypatch):
     """With networks that stand still: the first mini-batch starts the averages, each later one has a tenth."""
+    undisturbed(monkeypatch, script)
     args, networks, _, finite = setup(script, kernel=kernel, lr=0.0, delta=0.9)
     rng = torch.Generator().manual_seed(args.seed)
     step = script.make_train_step(args, networks, script.init_optimizers(args, networks), rng)
@@ -196,10 +378,10 @@ def test_averages_against_a_sequence_by_hand(script, kernel):
         step(noise(args, seed), finite)
         z = script.draw_latents(len(noise(args)), args, draws, torch.device("cpu"))
         with torch.no_grad():
-            y = features(networks, noise(args, seed) / 127.5 - 1)
-            x = features(networks, networks["generator"](z))
-        c = y.mean(0)
-        width = (y - c).square().sum(1).mean() if kernel == "rbf" else torch.ones(())
+            y = features(script, args, networks, scaled(script, noise(args, seed)))
+            x = features(script, args, networks, networks["generator"](z))
+        all_ = torch.cat([y, x])
+        width = (all_ - all_.mean(0)).square().sum(1).mean() if kernel == "rbf" else torch.ones(())
         if expected is not None and kernel == "rbf":
             width = 0.9 * expected["kernel_width"] + 0.1 * width
         mini = {"kernel_width": width}
@@ -218,27 +400,50 @@ def test_averages_against_a_sequence_by_hand(script, kernel):
 def reference_step(script, args, networks, optimizers, rng, pictures, history):
     """Algorithm 1 in plain PyTorch, every forward pass made anew; `history` holds the averages."""
     G, D = networks["generator"], networks["discriminator"]
-    x = pictures.float() / 127.5 - 1
-    z = script.draw_latents(len(x), args, rng, torch.device("cpu"))
+    x = scaled(script, pictures)
+    igan = script.SCRIPT == "mmgan_igan"
+
+    def latents():
+        return script.draw_latents(len(x), args, rng, torch.device("cpu"))
+
+    def draw():
+        return [script.draw_noise(len(x), args, rng, torch.device("cpu"))] if igan else []
 
     def discriminate(real, fake):
-        if args.joint_batch:
+        if not igan and args.joint_batch:
             both = D.features(torch.cat([real, fake])).flatten(1)
             logits = D.linear(both)[:, 0]
             return logits[: len(x)], both[: len(x)], logits[len(x) :], both[len(x) :]
-        y, f = features(networks, real), features(networks, fake)
-        return D.linear(y)[:, 0], y, D.linear(f)[:, 0], f
+        results = []
+        for images in (real, fake):
+            noise = draw()
+            results += [D(images, *noise), features(script, args, networks, images, noise)]
+        return results
+
+    def drift(name):
+        """Historical averaging: lambda |theta - mean of all theta so far|^2."""
+        if not (igan and args.baseline == "minibatch"):
+            return 0
+        now = list(networks[name].parameters())
+        before = history.setdefault(name, [])
+        before.append([p.detach().clone() for p in now])
+        return args.historical_averaging * sum((p - sum(values) / len(before)).square().sum()
+                                               for p, values in zip(now, zip(*before)))
+
+    z = latents()
 
     def averaged(y, f):
         """Spheres of the history with this mini-batch, and the kernel's width."""
         def take_in(name, value):
             return 0.9 * history[name].detach() + 0.1 * value if name in history else value
 
-        c = y.mean(0)
-        lengths = (y - c).norm(dim=1).detach()
-        width = {"rbf": lengths.square().mean(), "exp": lengths.mean(), "poly": y.detach().square().sum(1).mean()}
-        width = take_in("w", width[args.kernel]) if args.kernel_width == "auto" and args.kernel in width else (
-            torch.tensor(float(args.kernel_width)) if args.kernel_width != "auto" else torch.tensor(1.0))
+        points = (y if args.kernel_width == "real" else torch.cat([y, f])).detach()
+        lengths = (points - points.mean(0)).norm(dim=1)
+        width = {"rbf": lengths.square().mean(), "exp": lengths.mean(), "poly": points.square().sum(1).mean()}
+        if isinstance(args.kernel_width, float):
+            width = torch.tensor(args.kernel_width)
+        else:
+            width = take_in("w", width[args.kernel]) if args.kernel in width else torch.tensor(1.0)
         new = {"w": width}
         for side, s in (("y", y), ("x", f)):
             c = s.mean(0)
@@ -267,13 +472,26 @@ def reference_step(script, args, networks, optimizers, rng, pictures, history):
 
     real, y, fake, f = discriminate(x, G(z, update_statistics=True).detach())
     loss = -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()
+    if igan:  # half of it; smoothed, the real images' target is 0.9
+        smoothing = args.label_smoothing if args.baseline == "minibatch" else 0
+        targets = torch.full_like(real, 1 - smoothing)
+        loss = (F.binary_cross_entropy_with_logits(real, targets) - F.logsigmoid(-fake).mean()) / 2
     if not args.baseline:
         match, penalty = final(averaged(y, f), f)
         loss = loss - match - (penalty if args.correlation_in_discriminator else 0)
-    descend(loss, optimizers["discriminator"])
+    descend(loss + drift("discriminator"), optimizers["discriminator"])
     if args.baseline:
-        for _ in range(args.generator_steps):
-            descend(-F.logsigmoid(D(G(z))).mean(), optimizers["generator"])
+        for step in range(args.generator_steps):
+            if igan:
+                z = latents() if step else z
+                if args.baseline == "minibatch":  # log(1 - D) = -softplus, maximised by D and minimised by G
+                    loss = F.logsigmoid(-D(G(z), *draw())).mean()
+                else:
+                    _, y, _, f = discriminate(x, G(z))
+                    loss = (y.detach().mean(0) - f.mean(0)).abs().mean()
+            else:
+                loss = -F.logsigmoid(D(G(z))).mean()
+            descend(loss + drift("generator"), optimizers["generator"])
         return
     _, y, _, f = discriminate(x, G(z))
     new = averaged(y.detach(), f)
@@ -282,13 +500,20 @@ def reference_step(script, args, networks, optimizers, rng, pictures, history):
     history.update({k: v.detach() for k, v in new.items()})
 
 
-@pytest.mark.parametrize("setting", [
-    *({"kernel": k} for k in ("none", *KERNELS)), {"kernel": "rbf", "kernel_width": 3.0},
-    {"kernel": "exp", "beta": 0.0}, {"kernel": "rbf", "correlation_in_discriminator": False},
-    {"kernel": "rbf", "joint_batch": True}, {"kernel": "rbf", "alpha": 0.0}, {"baseline": True},
-    {"baseline": True, "generator_steps": 2}])
+COMMON = [*({"kernel": k} for k in ("none", *KERNELS)), {"kernel": "rbf", "kernel_width": 3.0},
+          {"kernel": "exp", "beta": 0.0}, {"kernel": "rbf", "correlation_in_discriminator": True},
+          {"kernel": "rbf", "kernel_width": "real"}, {"kernel": "rbf", "alpha": 0.0}]
+OWN = {"mmgan_dcgan": [{"kernel": "rbf", "joint_batch": True}, {"baseline": True},
+                       {"baseline": True, "generator_steps": 2}],
+       "mmgan_igan": [{"features": "map"}, {"minibatch_discrimination": True}, {"baseline": "feature-matching"},
+                      {"baseline": "minibatch"}, {"baseline": "minibatch", "virtual_batch_norm": False,
+                                                  "label_smoothing": 0.0, "historical_averaging": 0.0}]}
+
+
+@pytest.mark.parametrize("script,setting", [(s, x) for s in SCRIPTS for x in COMMON + OWN[s]])
 def test_an_iteration_is_algorithm_1(script, setting, monkeypatch):
     """Two iterations, so that the history counts, against the plain reference."""
+    script = importlib.import_module(script)
     monkeypatch.setattr(script, "init_optimizers", plain_descent(script))
     args, networks, step, finite = setup(script, **setting)
     start = weights(networks)
@@ -304,9 +529,10 @@ def test_an_iteration_is_algorithm_1(script, setting, monkeypatch):
     theirs = weights(networks)
     for ours_name, name in (("centroid_real", "c_y"), ("radius_real", "l_y"), ("centroid_fake", "c_x"),
                             ("radius_fake", "l_x")):
-        if history:
+        if name in history:
             torch.testing.assert_close(ours[f"averages.{ours_name}"], history[name], rtol=1e-2, atol=1e-4)
-    ours, theirs = ({k: v for k, v in w.items() if not k.startswith("averages.")} for w in (ours, theirs))
+    ours, theirs = ({k: v for k, v in w.items() if not k.startswith(("averages.", "history."))}
+                    for w in (ours, theirs))
     assert_same_course(start, ours, theirs, optimizers["generator"].param_groups[0]["lr"])
 
 
@@ -331,15 +557,14 @@ def test_gradient_norms(script, kernel):
     args, networks, step, _ = setup(script, kernel=kernel)
     step()
     before = weights(networks)
-    z = torch.rand(6, args.latent_dim, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    z = script.draw_latents(6, args, torch.Generator().manual_seed(3), torch.device("cpu"))
     norms = script.gradient_norms(args, networks, noise(args), z)
     assert all(torch.equal(v, before[k]) for k, v in weights(networks).items())
     assert set(norms) == {"centroid", "radius", "correlation"} and all(v > 0 for v in norms.values())
     networks["generator"].requires_grad_(True)
-    f, y = features(networks, networks["generator"](z)), features(networks, noise(args) / 127.5 - 1).detach()
+    f = features(script, args, networks, networks["generator"](z))
     gradients = torch.autograd.grad(args.beta * script.correlation_penalty(f), networks["generator"].parameters())
     assert norms["correlation"] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-4)
-    assert y.shape == f.shape
 
 
 def test_dcgan_defaults():
@@ -355,6 +580,29 @@ def test_dcgan_defaults():
     args = script.resolve(script.Args(baseline=True))
     assert args.kernel is None and args.beta is None
     assert (args.batch_size, args.lr, args.beta1, args.beta2, args.epochs) == (64, 2e-4, 0.5, 0.999, 25)
+
+
+def test_igan_defaults():
+    """The paper's setting, and the originals'; a flag given by hand wins."""
+    import mmgan_igan as script
+    for dataset, num_is in (("cifar10", 50000), ("folder", 5000)):
+        args = script.resolve(script.Args(dataset=dataset))
+        assert (args.kernel, args.alpha, args.beta, args.generator_steps, args.num_is) == ("exp", 1, 0.1, 1, num_is)
+    args = script.resolve(script.Args(kernel="rbf", beta=0.0, num_is=77))
+    assert (args.kernel, args.beta, args.num_is) == ("rbf", 0.0, 77)
+    assert (args.batch_size, args.lr, args.beta1, args.beta2, args.epochs) == (100, 3e-4, 0.5, 0.999, 1200)
+    args = script.resolve(script.Args(baseline="minibatch"))
+    assert (args.generator_steps, args.historical_averaging, args.label_smoothing, args.virtual_batch_norm) == (
+        3, 1.0, 0.1, True) and args.kernel is None
+    assert script.resolve(script.Args(baseline="feature-matching")).generator_steps == 1
+    assert script.resolve(script.Args(baseline="minibatch", generator_steps=2)).generator_steps == 2
+
+
+def test_feature_matching():
+    import mmgan_igan as script
+    y, x = points(5, seed=1).detach(), points(4, seed=2).detach()
+    expected = np.mean(np.abs(np.mean(y.numpy(), 0) - np.mean(x.numpy(), 0)))
+    assert script.feature_matching(y, x).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_learning_rate(script):

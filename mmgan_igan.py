@@ -1,0 +1,1230 @@
+"""MMGAN on Improved GAN, after "MMGAN: Manifold-Matching Generative Adversarial Network" (Park et al. 2018): figure
+3 (f), with every kernel, without kernel, without correlation regulariser, and the two originals of Salimans et al.
+2016, whose feature matching MMGAN generalises.
+
+    python mmgan_igan.py                                 # CIFAR-10, EXP kernel: the paper's Inception Score of 7.8
+    python mmgan_igan.py --beta 0                        # without R_G
+    python mmgan_igan.py --baseline minibatch            # Improved GAN: 6.86
+    python mmgan_igan.py --baseline feature-matching     # its semi-supervised variant, here without labels
+
+A discriminator D sees features of real and of generated images. Each set of features is a manifold: a sphere, in the
+Hilbert space of a kernel, with a centroid and a radius (Eq. 3, 4, 7). Each iteration:
+
+    D      tells real from generated, and keeps the two spheres apart (Eq. 10: cross-entropy minus G's loss)
+           the moving averages of both centroids and radii take in the mini-batch's (Algorithm 1)
+    G      brings the two averaged spheres together (Eq. 5, 8) and keeps its images' features uncorrelated (Eq. 9)
+
+What to expect: see README.md, "MMGAN".
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import pathlib
+import platform
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+import zlib
+from dataclasses import dataclass
+from typing import Callable, Iterator, Literal, Optional, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from common import UserError, datasets, reason, write_atomically
+
+SCRIPT = pathlib.Path(__file__).stem
+Manifold = tuple[Tensor, Tensor]  # centroid [d], radius []
+
+
+# ----------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # run
+    seed: int = 1
+    """Of the initial weights, the order of the data and every draw."""
+    iterations: Optional[int] = None
+    """Mini-batches trained on. Default: --epochs passes over the data set."""
+    epochs: int = 1200
+    """Passes over the data set, where --iterations is not given [Improved GAN's code]."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """tf32: on a GPU, matrix products in TF32. bf16: the networks under autocast, also on a CPU; losses in fp32."""
+    compile: bool = False
+    """torch.compile the losses (a minute or more at the start)."""
+    cuda_graph: bool = True
+    """On a GPU: capture one iteration as a CUDA graph and replay it. Without effect on a CPU."""
+    channels_last: bool = True
+    """Keep images and weights in the channels-last layout, in which most convolutions are faster."""
+    deterministic: bool = False
+    """On a GPU: deterministic algorithms only, so that a resumed run repeats bit for bit (a CPU always does)."""
+    run_dir: str = "runs"
+    """The folder for run folders."""
+    run_name: Optional[str] = None
+    """The run folder's name. Default: {dataset}__{script}__{seed}__{time}."""
+    resume: Optional[str] = None
+    """A run folder or its checkpoint.pt: goes on there, with the arguments saved in it."""
+    evaluate: Optional[str] = None
+    """A run folder, checkpoint.pt or generator.pt: print its scores as one line of JSON; train nothing."""
+    generate: Optional[str] = None
+    """A run folder, checkpoint.pt or generator.pt: write --num-images generated images to --out; train nothing."""
+    num_images: int = 64
+    """With --generate: how many."""
+    out: str = "generated"
+    """With --generate: a folder for PNGs, or x.npy for one uint8 array [N, H, W, C]."""
+    # data
+    dataset: Literal["cifar10", "folder"] = "cifar10"
+    """folder: a directory (recursive) or .zip of images, centre-cropped to squares and resized to --image-size."""
+    data_dir: str = "data"
+    """Where data sets are kept and downloaded to; with folder, the directory or .zip itself."""
+    image_size: int = 32
+    """Height and width, a multiple of 8 [Improved GAN's code]."""
+    # model
+    width: float = 1.0
+    """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
+    latent_dim: int = 100
+    """Dimensions of z ~ U(0, 1) [Improved GAN's code]."""
+    minibatch_discrimination: bool = False
+    """Minibatch discrimination before D's last layer (100 kernels of 5 dimensions); --baseline minibatch has it always
+    [Improved GAN's code]."""
+    virtual_batch_norm: bool = True
+    """With --baseline minibatch: G normalises by a fixed reference batch of z and each sample itself, not by the
+    mini-batch [its paper's row of 6.86]."""
+    # loss
+    kernel: Optional[Literal["none", "linear", "poly", "rbf", "exp"]] = None
+    """K of Eq. 7 and 8; none: Eq. 4 and 5. Default: exp [paper, figure 3]."""
+    kernel_width: Union[Literal["auto", "real"], float] = "auto"
+    """The kernel's width w. auto: a moving average, over real and generated features, of their squared distance from
+    the centroid of them all (rbf), their distance (exp) or their squared norm (poly), so that K there is about 0.6.
+    real: over the real ones alone, by which the spheres of rbf soon lie too far apart for any gradient [ours]."""
+    alpha: float = 1.0
+    """Weight of the difference of radii in Eq. 8 [paper]."""
+    beta: Optional[float] = None
+    """Weight of the correlation regulariser R_G; 0: "No R_G". Default: 0.1 [paper]."""
+    delta: float = 0.9
+    """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
+    correlation_in_discriminator: bool = False
+    """R_G is part of D's loss too, with a minus, as Eq. 10 has it, by which D learns to let all generated images look
+    the same and nothing else; without: G's alone, as section V has it."""
+    features: Literal["pooled", "map"] = "pooled"
+    """What the spheres are of: the 192 channels averaged over the image, as in feature matching, or the last map
+    flattened [ours]."""
+    baseline: Optional[Literal["minibatch", "feature-matching"]] = None
+    """Improved GAN instead of manifolds. minibatch: minibatch discrimination, G's loss is -E log D(G(z)) up to a
+    constant factor of its gradient; feature-matching: G's is the mean difference of D's mean features."""
+    generator_steps: Optional[int] = None
+    """With --baseline: updates of G an iteration. Default: minibatch 3, else 1 [Improved GAN's code]."""
+    historical_averaging: float = 1.0
+    """With --baseline minibatch: weight of each network's squared distance from its weights' mean so far; 0: off [its
+    paper, without a weight]."""
+    label_smoothing: float = 0.1
+    """With --baseline minibatch: real images' target in D's loss is 1 minus this; 0: off [its paper]."""
+    # optimisation
+    batch_size: int = 100
+    """Images a mini-batch [Improved GAN's code]."""
+    lr: float = 3e-4
+    """Adam's learning rate [Improved GAN's code]."""
+    lr_schedule: Literal["constant", "linear"] = "linear"
+    """linear: times min(3 (1 - t/T), 1) [Improved GAN's code]."""
+    beta1: float = 0.5
+    """Adam's first decay [Improved GAN's code]."""
+    beta2: float = 0.999
+    """Adam's second decay [Improved GAN's code]."""
+    ema: float = 0.0
+    """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
+    # logging
+    log_every: int = 100
+    """Iterations between lines in TensorBoard; 0: none."""
+    gradient_every: int = 1000
+    """Iterations between measurements of each term's share in G's gradient (TensorBoard: gradients/*); 0: none."""
+    sample_every: int = 1000
+    """Iterations between grids of samples; 0: none."""
+    eval_every: int = 10000
+    """Iterations between evaluations (and one at the end); 0: none, and no Inception weights needed."""
+    checkpoint_every: int = 1000
+    """Iterations between checkpoints; 0: only at the end and on SIGINT or SIGTERM."""
+    num_real: int = 10000
+    """Real images for FID [ours, as in GN-GAN]."""
+    num_fake: int = 5000
+    """Generated images for FID [ours, as in GN-GAN]."""
+    num_is: Optional[int] = None
+    """Generated images for the Inception Score. Default: --num-fake; cifar10: 50,000 [paper]."""
+    inception_weights: Optional[str] = None
+    """torch-fidelity's Inception weights; default: downloaded once."""
+
+
+def resolve(args: Args) -> Args:
+    """The arguments with every default filled in that depends on another. The baseline has no kernel and no beta;
+    iterations counted in epochs wait for the data set, see `main`."""
+    defaults = {"num_is": 50_000 if args.dataset == "cifar10" else args.num_fake,
+                "generator_steps": 3 if args.baseline == "minibatch" else 1}
+    if not args.baseline:
+        defaults |= {"kernel": "exp", "beta": 0.1}
+    return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+
+
+# ------------------------------------------------------------------------------------------------------ networks
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm without gain, which always normalises a training batch by its own statistics, but moves the running
+    ones only when told to: once an iteration, however often G is run."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6, affine=False)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, update: bool) -> Tensor:
+        if self.training and not update:
+            x = F.batch_norm(x, None, None, None, None, True, 0.0, self.eps)
+        else:
+            x = super().forward(x)
+        return x + self.bias.to(x.dtype)[:, None, None]
+
+
+class VirtualBatchNorm(nn.Module):
+    """Normalises the first `reference` samples by their own statistics, every other by those of them and itself."""
+
+    def __init__(self, channels: int, reference: int):
+        super().__init__()
+        self.reference = reference
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, update: bool) -> Tensor:
+        x = x.float()
+        moments = torch.stack([x, x.square()]).mean((3, 4))  # [2, n, C]
+        reference = moments[:, : self.reference].mean(1, keepdim=True)
+        weight = 1 / (self.reference + 1)
+        mean, square = torch.cat([reference.expand(-1, self.reference, -1),
+                                  weight * moments[:, self.reference :] + (1 - weight) * reference], 1)
+        scale = (square - mean.square()).clamp_min(0).add(1e-6).rsqrt()
+        return (x - mean[..., None, None]) * scale[..., None, None] + self.bias[:, None, None]
+
+
+def weight_norm(layer: nn.Module, init_std: float = 1.0, train_scale: bool = False) -> nn.Module:
+    """A convolution or linear layer with weight g v / |v|, one g an output channel; g is trained only on demand.
+    `init_by_data` gives its output the deviation init_std."""
+    nn.init.normal_(layer.weight, std=0.05)
+    nn.init.zeros_(layer.bias)
+    torch.nn.utils.parametrizations.weight_norm(layer, dim=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
+    scale = layer.parametrizations.weight.original0
+    nn.init.ones_(scale).requires_grad_(train_scale)
+    layer.init_std, layer.frozen = init_std, not train_scale
+    return layer
+
+
+class Generator(nn.Module):
+    """z [B, latent_dim] -> images [B, 3, size, size] in [-1, 1]; the notation is for size 32, width 1."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.side = args.image_size // 8
+        widths = [max(1, round(c * args.width)) for c in (512, 256, 128)]
+        virtual = args.baseline == "minibatch" and args.virtual_batch_norm
+
+        def norm(channels: int) -> nn.Module:
+            return VirtualBatchNorm(channels, args.batch_size) if virtual else BatchNorm(channels)
+
+        self.linear = nn.Linear(args.latent_dim, widths[0] * self.side**2, bias=False)
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 5, 2, 2, output_padding=1, bias=False)
+                                 for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList([norm(widths[0] * self.side**2), *map(norm, widths[1:])])
+        for layer in (self.linear, *self.ups):
+            nn.init.normal_(layer.weight, std=0.05)
+        self.last = weight_norm(nn.ConvTranspose2d(widths[-1], 3, 5, 2, 2, output_padding=1), 0.1, train_scale=True)
+        reference = torch.rand(args.batch_size, args.latent_dim) if virtual else torch.empty(0, args.latent_dim)
+        self.register_buffer("reference", reference)
+
+    def forward(self, z: Tensor, update_statistics: bool = False) -> Tensor:
+        x = self.linear(torch.cat([self.reference, z]))[..., None, None]  # [B, 8192, 1, 1]
+        x = F.relu(self.norms[0](x, update_statistics)).flatten(1).unflatten(1, (-1, self.side, self.side))
+        x = x.contiguous(memory_format=memory_format(self.ups[0].weight))  # [B, 512, 4, 4]
+        for up, norm in zip(self.ups, self.norms[1:]):  # to [B, 256, 8, 8], [B, 128, 16, 16]
+            x = F.relu(norm(up(x), update_statistics))
+        x = self.last(x[len(self.reference) :])  # [B, 3, 32, 32]
+        return torch.tanh(x.float())  # in fp32: bf16 has too few steps near 1
+
+
+class MinibatchDiscrimination(nn.Module):
+    """features [B, d] -> [B, d + kernels]: with each sample's closeness to the others of its batch, sum over j of
+    exp(-|M_i - M_j|_1), where M_i are a kernel's 5 coordinates of sample i (Salimans et al. 2016, section 3.2)."""
+
+    def __init__(self, features: int, kernels: int, dim: int = 5):
+        super().__init__()
+        self.theta = nn.Parameter(torch.randn(features, kernels, dim) * 0.05)
+        self.log_scale = nn.Parameter(torch.zeros(kernels, dim))
+        self.bias = nn.Parameter(torch.full((kernels,), -1.0))
+
+    def distances(self, x: Tensor) -> Tensor:
+        """L1 distances, [B, B, kernels]; those of a sample from itself so large that they add nothing."""
+        weight = self.theta * (self.log_scale.exp() / self.theta.norm(dim=0))
+        points = torch.einsum("bf,fkd->bkd", x, weight)
+        itself = torch.eye(len(x), device=x.device)[..., None]
+        return (points[:, None] - points).abs().sum(3) + 1e6 * itself
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            return torch.cat([x, torch.exp(-self.distances(x)).sum(1) + self.bias], 1)
+
+
+class Discriminator(nn.Module):
+    """images [B, 3, size, size] -> logits [B], the logsumexp of ten classes' (Salimans et al. 2016, section 5); the
+    score D(x) is their sigmoid. `noise`, from `draw_noise`, is what disturbs a training batch."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        a, b = (max(1, round(c * args.width)) for c in (96, 192))
+        shapes = [(3, a, 3, 1, 1), (a, a, 3, 1, 1), (a, a, 3, 2, 1), (a, b, 3, 1, 1), (b, b, 3, 1, 1), (b, b, 3, 2, 1),
+                  (b, b, 3, 1, 0), (b, b, 1, 1, 0), (b, b, 1, 1, 0)]
+        self.convs = nn.ModuleList(weight_norm(nn.Conv2d(*shape)) for shape in shapes)
+        self.additive = args.baseline == "minibatch"  # Gaussian noise on the images, else dropout
+        kernels = max(1, round(100 * args.width))
+        discriminate = args.minibatch_discrimination or args.baseline == "minibatch"
+        self.minibatch = MinibatchDiscrimination(b, kernels) if discriminate else nn.Identity()
+        self.linear = weight_norm(nn.Linear(b + kernels * discriminate, 10), 0.1, train_scale=True)
+
+    def features(self, x: Tensor, noise: Optional[list[Tensor]] = None) -> Tensor:
+        """The last convolution's map after its activation, [B, 192, 6, 6]."""
+        if noise is not None:
+            x = x + noise[0] if self.additive else x * noise[0]
+        for i, conv in enumerate(self.convs):  # three to [B, 96, 16, 16], three to [B, 192, 8, 8], [B, 192, 6, 6]
+            x = F.leaky_relu(conv(x), 0.2)
+            if noise is not None and i in (2, 5):
+                x = x * noise[1 + i // 3]
+        return x
+
+    def logit(self, features: Tensor) -> Tensor:
+        """Logits [B] of `features`' maps."""
+        return torch.logsumexp(self.linear(self.minibatch(features.mean((2, 3)))).float(), 1)
+
+    def forward(self, x: Tensor, noise: Optional[list[Tensor]] = None) -> Tensor:
+        return self.logit(self.features(x, noise))
+
+
+def draw_noise(n: int, args: Args, rng: torch.Generator, device: torch.device) -> list[Tensor]:
+    """What D disturbs n training images by: on the images Gaussian noise of deviation 0.2 (minibatch) or a dropout mask
+    of 0.2, [n, 3, 32, 32]; dropout masks of 0.5 after each stride, [n, 96, 16, 16] and [n, 192, 8, 8]."""
+    def mask(keep: float, *shape: int) -> Tensor:
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        drawn = torch.empty(n, *shape, device=device).bernoulli_(keep, generator=rng) / keep
+        return drawn.contiguous(memory_format=layout)
+
+    side, (a, b) = args.image_size, (max(1, round(c * args.width)) for c in (96, 192))
+    if args.baseline == "minibatch":
+        first = torch.randn(n, 3, side, side, device=device, generator=rng) * 0.2
+    else:
+        first = mask(0.8, 3, side, side)
+    return [first, mask(0.5, a, -(-side // 2), -(-side // 2)), mask(0.5, b, -(-side // 4), -(-side // 4))]
+
+
+@torch.no_grad()
+def init_by_data(args: Args, networks: nn.ModuleDict, images: Tensor, rng: torch.Generator) -> None:
+    """Data-dependent initialisation of weight norm's scales and biases by uint8 images [n, 3, H, W] and as many z: on
+    them every weight-normed layer's output has mean 0 and deviation init_std; minibatch discrimination's nearest sample
+    is at a mean distance of 2, and its mean output 0."""
+    def normalise(layer: nn.Module, _, output: Tensor) -> Tensor:
+        axes = [i for i in range(output.ndim) if i != 1]
+        mean = output.mean(axes)
+        scale = layer.init_std / (output.square().mean(axes) - mean.square()).clamp_min(1e-12).sqrt()
+        layer.bias.copy_(-mean * scale)
+        layer.parametrizations.weight.original0.mul_(scale.view_as(layer.parametrizations.weight.original0))
+        shape = [-1] + [1] * (output.ndim - 2)
+        return (output - mean.view(shape)) * scale.view(shape)
+
+    def spread(layer: MinibatchDiscrimination, inputs: tuple[Tensor]) -> None:
+        nearest = 0.5 * layer.distances(inputs[0]).amin(1).mean(0)
+        layer.log_scale.sub_(nearest.log()[:, None])
+        layer.bias.copy_(-torch.exp(-layer.distances(inputs[0])).sum(1).mean(0))
+
+    handles = []
+    for module in networks.modules():
+        if hasattr(module, "init_std"):
+            handles.append(module.register_forward_hook(normalise))
+        elif isinstance(module, MinibatchDiscrimination):
+            handles.append(module.register_forward_pre_hook(spread))
+    device = images.device
+    networks["generator"](draw_latents(len(images), args, rng, device))
+    networks["discriminator"](images.float() / 128 - 127.5 / 128, draw_noise(len(images), args, rng, device))
+    for handle in handles:
+        handle.remove()
+    if args.ema:
+        networks["generator_ema"].load_state_dict(networks["generator"].state_dict())
+
+
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """The layout that a network's weights [out, in, k, k] are in."""
+    last = weight.shape[1] > 1 and weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+# -------------------------------------------------------------------------------------------------------- losses
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances of points a [..., d] and b [..., d], in fp32; finite gradient where they coincide."""
+    return ((a - b).square().sum(-1) + 1e-12).sqrt()
+
+
+def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
+    """K(a_i, b_j) for points a [..., n, d] and b [..., m, d], [..., n, m].
+
+    linear a'b; poly (a'b / w + 1)^3; rbf exp(-|a - b|^2 / 2w); exp exp(-|a - b| / 2w) [offset, degree: ours]. Distances
+    are taken of differences, not of inner products, which would lose the last digits of near points.
+    """
+    if name == "linear":
+        return a @ b.mT
+    if name == "poly":
+        return (a @ b.mT / width + 1) ** 3
+    lengths = distance(a.unsqueeze(-2), b.unsqueeze(-3))
+    if name == "rbf":
+        return torch.exp(-lengths.square() / (2 * width))
+    if name == "exp":
+        return torch.exp(-lengths / (2 * width))
+    raise ValueError(f"no kernel {name}")
+
+
+def squared_distance(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
+    """|phi(a) - phi(b)|^2 = K(a, a) - 2 K(a, b) + K(b, b) of points a, b [..., d], phi mapping to K's Hilbert space."""
+    aa, ab, bb = (kernel(v.unsqueeze(-2), w.unsqueeze(-2), name, width)[..., 0, 0] for v, w in ((a, a), (a, b), (b, b)))
+    return aa - 2 * ab + bb
+
+
+def manifold(features: Tensor, name: str, width: Tensor | float = 1.0) -> Manifold:
+    """The sphere around features [n, d]: its centroid [d] (Eq. 3) and radius [], the mean distance from it (none:
+    Eq. 4) or the mean squared distance in the kernel's Hilbert space (Eq. 7)."""
+    centroid = features.mean(0)
+    if name == "none":
+        return centroid, distance(features, centroid).mean()
+    return centroid, squared_distance(features, centroid, name, width).mean()
+
+
+def manifold_distance(real: Manifold, fake: Manifold, alpha: float, name: str, width: Tensor | float = 1.0) -> Tensor:
+    """L_G of two spheres: |c_Y - c_X| + |l_Y - l_X| (none: Eq. 5, which has no alpha), or Eq. 8. Scalar."""
+    radii = (real[1] - fake[1]).abs()
+    if name == "none":
+        return distance(real[0], fake[0]) + radii
+    return squared_distance(real[0], fake[0], name, width) + alpha * radii
+
+
+def correlation_penalty(features: Tensor) -> Tensor:
+    """R_G = |I - A|_F (Eq. 9), A the correlations between the samples of features [n, d] over their d features; scalar.
+
+    A sample that is constant over its features, for which no correlation is defined, counts as uncorrelated.
+    """
+    centred = features - features.mean(1, keepdim=True)
+    unit = centred / (centred.square().sum(1, keepdim=True) + 1e-12).sqrt()
+    others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)  # I - A is zero on the diagonal
+    return ((unit @ unit.mT * others).square().sum() + 1e-12).sqrt()
+
+
+def typical_width(features: Tensor, name: str) -> Tensor:
+    """What `--kernel-width auto` or `real` averages over features [n, d], without gradient; see there."""
+    features = features.detach()
+    if name == "poly":
+        return features.square().sum(1).mean()
+    lengths = distance(features, features.mean(0))
+    return lengths.square().mean() if name == "rbf" else lengths.mean()
+
+
+def cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
+    """-E log D(x) - E log(1 - D(G(z))) (Eq. 1) of logits [B]; scalar."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def feature_matching(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean absolute difference of real and generated images' mean features, of [n, d] (Improved GAN's code); scalar."""
+    return (real.mean(0) - fake.mean(0)).abs().mean()
+
+
+# ---------------------------------------------------------------------------------------------------- train step
+class Averages(nn.Module):
+    """Moving averages of both spheres and of the kernel's width: buffers, which a checkpoint holds like weights."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        dim = max(1, round(192 * args.width)) * (1 if args.features == "pooled" else (args.image_size // 4 - 2) ** 2)
+        for name, shape in (("centroid_real", (dim,)), ("radius_real", ()), ("centroid_fake", (dim,)),
+                            ("radius_fake", ()), ("kernel_width", ())):
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("decay", torch.zeros(()))  # 0 until the first mini-batch has come, so that it starts them
+
+    def blend(self, name: str, value: Tensor) -> Tensor:
+        """delta average + (1 - delta) value: gradient goes to the value, the history is a constant."""
+        return self.decay * getattr(self, name) + (1 - self.decay) * value
+
+    @torch.no_grad()
+    def commit(self, values: dict[str, Tensor], delta: float) -> None:
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+        self.decay.fill_(delta)
+
+
+class History(nn.Module):
+    """Historical averaging: the mean of a network's weights over all iterations so far, as buffers of a copy."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.mean = copy.deepcopy(network).requires_grad_(False)
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def take_in(self, network: nn.Module) -> None:
+        self.count.add_(1)
+        for mean, weight in zip(self.mean.parameters(), network.parameters()):
+            mean.add_((weight - mean) / self.count)
+
+    def distance(self, network: nn.Module) -> Tensor:
+        """|weights - mean|^2 over all weights; scalar."""
+        return sum((w - m).square().sum() for m, w in zip(self.mean.parameters(), network.parameters()))
+
+
+def matched(features: Tensor, args: Args) -> Tensor:
+    """What is matched of D's last maps [B, C, h, w]: channels' means or all values, [B, d]."""
+    return features.mean((2, 3)) if args.features == "pooled" else features.flatten(1)
+
+
+def match(args: Args, averages: Averages, y: Tensor, x: Tensor
+          ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """L_G and R_G of real features y and generated ones x [B, d]; what is logged; the averages with both taken in."""
+    width = torch.ones((), device=y.device)
+    if not isinstance(args.kernel_width, str):
+        width = width * args.kernel_width
+    elif args.kernel in ("rbf", "exp", "poly"):  # of all features, so that K does not vanish between the two spheres
+        points = y if args.kernel_width == "real" else torch.cat([y, x])
+        width = averages.blend("kernel_width", typical_width(points, args.kernel))
+    blended = {"kernel_width": width}
+    for side, features in (("real", y), ("fake", x)):
+        centroid, radius = manifold(features, args.kernel, width)
+        blended[f"centroid_{side}"] = averages.blend(f"centroid_{side}", centroid)
+        blended[f"radius_{side}"] = averages.blend(f"radius_{side}", radius)
+    real, fake = ((blended[f"centroid_{side}"], blended[f"radius_{side}"]) for side in ("real", "fake"))
+    distance = manifold_distance(real, fake, args.alpha, args.kernel, width)
+    penalty = correlation_penalty(x)
+    radii = (real[1] - fake[1]).abs()
+    terms = {"radius_real": real[1], "radius_fake": fake[1], "correlation_penalty": penalty,
+             "centroid_distance": distance - (1.0 if args.kernel == "none" else args.alpha) * radii}
+    if args.kernel != "none":
+        terms["kernel_width"] = width
+        with torch.no_grad():
+            terms["kernel_mean"] = kernel(y, y.mean(0, keepdim=True), args.kernel, width).mean()
+    return distance, penalty, terms, blended
+
+
+def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
+    """G and D, drawn on the CPU from args.seed, so that every device starts from the same weights; the averages."""
+    torch.manual_seed(args.seed)
+    networks = nn.ModuleDict({"generator": Generator(args), "discriminator": Discriminator(args)})
+    if not args.baseline:
+        networks["averages"] = Averages(args)
+    if args.baseline == "minibatch" and args.historical_averaging:
+        networks["history"] = nn.ModuleDict({name: History(network) for name, network in networks.items()})
+    if args.ema:
+        networks["generator_ema"] = copy.deepcopy(networks["generator"]).requires_grad_(False).eval()
+    return networks.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+
+
+def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.optim.Adam]:
+    """One Adam a network, of all its weights but the scales of weight norm that stay as initialised. Epsilon: Improved
+    GAN's code has 1e-8 inside the root, which is the same where a gradient is far from 1e-4."""
+    device = next(networks.parameters()).device
+    frozen = {id(m.parametrizations.weight.original0) for m in networks.modules() if getattr(m, "frozen", False)}
+    return {name: torch.optim.Adam([p for p in networks[name].parameters() if id(p) not in frozen],
+                                   lr=torch.tensor(args.lr, device=device), betas=(args.beta1, args.beta2), eps=1e-4,
+                                   fused=True, capturable=device.type == "cuda" and args.cuda_graph)
+            for name in ("discriminator", "generator")}
+
+
+def load_optimizer(optimizer: torch.optim.Adam, state: dict) -> None:
+    """The saved moments, with this run's own switches and learning rate: a tensor on the device, as a graph needs."""
+    kept = [{k: group[k] for k in ("lr", "capturable", "fused")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, kept):
+        group.update(own)
+
+
+def learning_rate(args: Args, iteration: int) -> float:
+    """The learning rate of an iteration, counted from 0."""
+    return args.lr * (min(3 * (1 - iteration / args.iterations), 1.0) if args.lr_schedule == "linear" else 1.0)
+
+
+def draw_latents(n: int, args: Args, rng: torch.Generator, device: torch.device) -> Tensor:
+    """z ~ U(0, 1), [n, latent_dim]."""
+    return torch.rand(n, args.latent_dim, generator=rng, device=device)
+
+
+def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam],
+                    rng: torch.Generator) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """`train_step(images, finite)`: one iteration of Algorithm 1, in place; returns its losses, scalars.
+
+    images: uint8 [B, C, H, W]; finite: a bool that turns False, and stays so, when a loss is not finite. z and
+    D's noise are drawn from `rng`. Nothing in it waits for the device.
+    """
+    device = next(networks.parameters()).device
+    G, D = networks["generator"], networks["discriminator"]
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+
+    # Autocast around each forward pass alone: losses stay in fp32, and the bf16 copies of the weights that a region
+    # keeps end with it, so that none is older than the last update.
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    def generate(z: Tensor, update_statistics: bool = False) -> Tensor:
+        with autocast():
+            return G(z, update_statistics)
+
+    def discriminate(x: Tensor, noise: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [B] and features [B, d]."""
+        with autocast():
+            features = D.features(x, noise)
+            return D.logit(features), matched(features, args).float()
+
+    def discriminate_both(x: Tensor, fake: Tensor, noise: list, train_real: bool
+                          ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits and features of real, then of generated images; without train_real no gradient to the former."""
+        with torch.set_grad_enabled(train_real):
+            real, y = discriminate(x, noise[0])
+        return real, y, *discriminate(fake, noise[1])
+
+    def discriminator_objective(x: Tensor, fake: Tensor, noise: list) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 10
+        real_logit, real_features, fake_logit, fake_features = discriminate_both(x, fake, noise, train_real=True)
+        entropy = cross_entropy(real_logit, fake_logit) / 2
+        if args.baseline == "minibatch":  # one-sided: the target of real images alone
+            entropy = entropy + args.label_smoothing * real_logit.mean() / 2
+        if args.baseline:
+            return entropy, {"discriminator": entropy}
+        distance, penalty, _, _ = match(args, networks["averages"], real_features, fake_features)
+        loss = entropy - distance
+        if args.correlation_in_discriminator:
+            loss = loss - args.beta * penalty
+        return loss, {"discriminator": loss, "cross_entropy": entropy}
+
+    def generator_objective(x: Tensor, fake: Tensor, noise: list
+                            ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # Eq. 10
+        if args.baseline == "minibatch":
+            loss = -F.softplus(discriminate(fake, noise[1])[0]).mean()
+            return loss, {"generator": loss}, {}
+        _, real_features, _, fake_features = discriminate_both(x, fake, noise, train_real=False)
+        if args.baseline == "feature-matching":
+            loss = feature_matching(real_features, fake_features)
+            return loss, {"generator": loss}, {}
+        distance, penalty, terms, blended = match(args, networks["averages"], real_features, fake_features)
+        loss = distance + args.beta * penalty
+        return loss, {"generator": loss, **terms}, {name: value.detach() for name, value in blended.items()}
+
+    if args.compile:  # the losses, not the loop: optimisers and draws stay outside
+        options = {"fullgraph": True, "dynamic": False}
+        discriminator_objective = torch.compile(discriminator_objective, **options)
+        generator_objective = torch.compile(generator_objective, **options)
+        generate_fake = torch.compile(generate, **options)
+    else:
+        generate_fake = generate
+
+    def draw_both(real: bool = True) -> list:
+        """D's noise for real and for generated images."""
+        return [draw_noise(args.batch_size, args, rng, device) if wanted else None for wanted in (real, True)]
+
+    def drift(name: str) -> Tensor | float:
+        """The term of historical averaging in a network's loss."""
+        if "history" not in networks:
+            return 0.0
+        networks["history"][name].take_in(networks[name])
+        return args.historical_averaging * networks["history"][name].distance(networks[name])
+
+    def update(loss: Tensor, *names: str) -> None:
+        chosen = [optimizers[name] for name in names]
+        for optimizer in chosen:
+            optimizer.zero_grad()
+        loss.backward(inputs=[p for o in chosen for group in o.param_groups for p in group["params"]])
+        for optimizer in chosen:
+            optimizer.step()
+
+    # G(z) is computed once for both updates; D's features of both sides are computed anew after D's update, since the
+    # averages and G's gradient are to come from the D that has just learnt (Algorithm 1).
+    def train_step(images: Tensor, finite: Tensor) -> dict[str, Tensor]:
+        x = images.to(torch.float32, memory_format=layout) / 128 - 127.5 / 128
+        z = draw_latents(len(x), args, rng, device)
+        losses = {}
+        fake = generate_fake(z, update_statistics=True)
+        D.requires_grad_(True)
+        loss, terms = discriminator_objective(x, fake.detach(), draw_both())
+        update(loss + drift("discriminator"), "discriminator")
+        losses.update(terms)
+        D.requires_grad_(False)
+        for step in range(args.generator_steps):
+            fake = generate_fake(draw_latents(len(x), args, rng, device)) if step else fake
+            loss, terms, blended = generator_objective(x, fake, draw_both(real=args.baseline != "minibatch"))
+            update(loss + drift("generator"), "generator")
+            losses.update(terms)
+        if not args.baseline:
+            networks["averages"].commit(blended, args.delta)
+        if args.ema:
+            averages, weights = (networks[n].state_dict() for n in ("generator_ema", "generator"))
+            for name, average in averages.items():
+                if average.is_floating_point():
+                    average.lerp_(weights[name], 1 - args.ema)
+        losses = {name: value.detach() for name, value in losses.items()}
+        finite.logical_and_(torch.stack(list(losses.values())).isfinite().all())
+        return losses
+
+    return train_step
+
+
+def gradient_norms(args: Args, networks: nn.ModuleDict, images: Tensor, z: Tensor) -> dict[str, float]:
+    """Norm of the gradient to G's weights of each term of its loss, as weighted there, with D undisturbed; changes
+    nothing."""
+    G, D = networks["generator"], networks["discriminator"].requires_grad_(False)
+    x = images.to(torch.float32) / 128 - 127.5 / 128
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        fake = G(z)
+        real_features, fake_features = (matched(D.features(v), args).float() for v in (x, fake))
+    distance, penalty, terms, _ = match(args, networks["averages"], real_features.detach(), fake_features)
+    parts = {"centroid": terms["centroid_distance"], "radius": distance - terms["centroid_distance"],
+             "correlation": args.beta * penalty}
+    norms = {}
+    for name, part in parts.items():
+        gradients = torch.autograd.grad(part, list(G.parameters()), retain_graph=True)
+        norms[name] = torch.cat([g.flatten() for g in gradients]).norm().item()
+    return norms
+
+
+class GraphedStep:
+    """train_step captured once as a CUDA graph and replayed: one launch an iteration instead of hundreds.
+
+    The warm-up that a capture needs is undone, so that a run starts from the same weights, moments and draws as without
+    a graph. A call copies the images into the buffer that the graph reads; `fixed`, what else train_step takes, must be
+    the very tensors it was captured with. The losses returned are overwritten by the next call.
+    """
+
+    def __init__(self, train_step: Callable, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam],
+                 rng: torch.Generator, images: Tensor, *fixed: Tensor):
+        self.images = images.clone()
+
+        def tensors() -> list[Tensor]:  # Adam makes its moments at the first step
+            moments = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
+            return [*networks.state_dict(keep_vars=True).values(), *fixed, *moments]
+
+        before = {v.data_ptr(): v.detach().clone() for v in tensors()}
+        draws = rng.get_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                train_step(self.images, *fixed)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            for v in tensors():
+                v.copy_(before[v.data_ptr()]) if v.data_ptr() in before else v.zero_()
+        rng.set_state(draws)
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(rng)
+        with torch.cuda.graph(self.graph):
+            self.losses = train_step(self.images, *fixed)
+
+    def __call__(self, images: Tensor, *fixed: Tensor) -> dict[str, Tensor]:
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.losses
+
+
+# ---------------------------------------------------------------------------------------------- data and samples
+class Batches:
+    """An endless stream of mini-batches of a data set, in a new order every pass; a pass's last one is filled up from
+    the next pass. `position` and `rng_before` are all that a checkpoint needs."""
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, device: torch.device):
+        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+            images = images.to(device)  # gathered there; a set too large for it is gathered in the host's memory
+        self.images, self.batch_size, self.device = images, batch_size, device
+        self.rng = torch.Generator().manual_seed(seed)
+        self.shuffle()
+
+    def shuffle(self) -> None:
+        self.rng_before, self.position = self.rng.get_state(), 0
+        self.order = torch.randperm(len(self.images), generator=self.rng).to(self.images.device)
+
+    def next(self) -> Tensor:
+        """uint8 [B, C, H, W]."""
+        index = self.order[self.position : self.position + self.batch_size]
+        self.position += self.batch_size
+        if len(index) < self.batch_size:
+            missing = self.batch_size - len(index)
+            self.shuffle()
+            index, self.position = torch.cat([index, self.order[:missing]]), missing
+        batch = self.images.index_select(0, index)
+        if batch.device == self.device:
+            return batch
+        return batch.pin_memory().to(self.device, non_blocking=True)
+
+    def state_dict(self) -> dict:
+        return {"rng_before": self.rng_before, "position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rng.set_state(state["rng_before"])
+        self.shuffle()
+        self.position = state["position"]
+
+
+def fingerprint(images: Tensor) -> list[int]:
+    """The number of images and a checksum of about a thousand of them, to know a data set again."""
+    return [len(images), zlib.crc32(images[:: max(1, len(images) // 1000)].numpy().tobytes())]
+
+
+@torch.no_grad()
+def sample_images(generator: Generator, z: Tensor, precision: str) -> Tensor:
+    """G(z) in evaluation mode as uint8 [n, 3, H, W]."""
+    mode = generator.training
+    generator.eval()
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        x = generator(z)
+    generator.train(mode)
+    return (x * 128 + 127.5 + 0.5).clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def make_sampler(generator: Generator, args: Args, device: torch.device) -> Callable[[int], Tensor]:
+    """A function from n to n images, uint8 [n, 3, H, W], whose draws are its own: the same for every evaluation of a
+    seed, and none of training's (a generator takes 32 bits of its seed; these differ from training's in the highest).
+    """
+    rng = torch.Generator(device).manual_seed(2**31 + args.seed)
+
+    def sample(n: int) -> Tensor:
+        return sample_images(generator, draw_latents(n, args, rng, device), args.precision)
+
+    return sample
+
+
+# ------------------------------------------------------------------------------------------ arguments and files
+def load_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, dict]:
+    """The file and the contents of a checkpoint.pt or generator.pt, given the file or its run folder."""
+    file = pathlib.Path(path)
+    file = file / "checkpoint.pt" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}: give a run folder or its checkpoint.pt")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes torch.load raise
+        raise UserError(f"cannot read the checkpoint {file}: {reason(error)}") from None
+    if not isinstance(checkpoint, dict) or not {"script", "args", "resolved"} <= checkpoint.keys():
+        raise UserError(f"{file} is not a checkpoint of {SCRIPT}.py")
+    if checkpoint["script"] != SCRIPT:
+        raise UserError(f"{file} is a checkpoint of {checkpoint['script']}.py, not of {SCRIPT}.py")
+    return file, checkpoint
+
+
+# What may differ from a checkpoint's run: where things are and how often one looks, nothing that training computes.
+FREE = {"device", "compile", "cuda_graph", "deterministic", "run_dir", "run_name", "resume", "evaluate", "generate",
+        "num_images", "out", "data_dir", "log_every", "sample_every", "eval_every", "checkpoint_every", "num_real",
+        "num_fake", "num_is", "gradient_every", "inception_weights"}
+
+
+def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[pathlib.Path], Optional[dict]]:
+    """Arguments as given and resolved, checked; with --resume, --evaluate or --generate also the checkpoint's path and
+    contents. Such a run takes the saved arguments; one given by hand that would change it must agree with them."""
+    def parse(default: Args) -> Args:
+        return tyro.cli(Args, args=argv, default=default, description=__doc__)
+
+    args, given, file, checkpoint = parse(Args()), None, None, None
+    paths = [p for p in (args.resume, args.evaluate, args.generate) if p is not None]
+    if len(paths) > 1:
+        raise UserError("--resume, --evaluate and --generate exclude each other")
+    if paths:
+        file, checkpoint = load_checkpoint(paths[0])
+        names = {f.name for f in dataclasses.fields(Args)}
+        # the resolved values, so that a default changed since does not change a run half-way
+        saved = Args(**{k: v for k, v in checkpoint["resolved"].items() if k in names})
+        args = parse(saved)
+        free = set(FREE)
+        if saved.lr_schedule == "constant":
+            free.add("iterations")  # no schedule depends on the planned number: a run can be made longer
+        if not args.resume:
+            free |= {"seed", "dataset", "precision", "channels_last"}
+        differing = [f"--{k.replace('_', '-')} ({getattr(saved, k)} in the checkpoint, {getattr(args, k)} here)"
+                     for k in sorted(names - free) if getattr(args, k) != getattr(saved, k)]
+        if differing:
+            raise UserError(f"{paths[0]} is of another setting: {', '.join(differing)}; "
+                            "leave these flags out, or start a new run without the checkpoint")
+        if args.resume and "networks" not in checkpoint:
+            raise UserError(f"{file} holds G alone: give --resume the run folder or its checkpoint.pt")
+        if args.resume and args.iterations < checkpoint["iteration"]:
+            raise UserError(f"--iterations is {args.iterations}: {file} is already at {checkpoint['iteration']}")
+        given = Args(**{k: v for k, v in checkpoint["args"].items() if k in names})
+        given = dataclasses.replace(given, **{k: getattr(args, k) for k in free
+                                              if getattr(args, k) != getattr(saved, k)})
+    if args.baseline:
+        for name in ("kernel", "beta", "kernel_width", "alpha", "delta", "correlation_in_discriminator", "features"):
+            if getattr(args, name) != getattr(Args, name):
+                raise UserError(f"--baseline has no {name.replace('_', ' ')}: leave --{name.replace('_', '-')} out")
+    elif args.generator_steps not in (None, 1):
+        raise UserError("--generator-steps is the baseline's: MMGAN's Algorithm 1 has one; leave it out")
+    if args.baseline != "minibatch":
+        for name in ("virtual_batch_norm", "historical_averaging", "label_smoothing"):
+            if getattr(args, name) != getattr(Args, name):
+                raise UserError(f"--{name.replace('_', '-')} is for --baseline minibatch alone: leave it out")
+    resolved = resolve(args)
+    for name, low in (("seed", 0), ("iterations", 1), ("epochs", 1), ("batch_size", 2), ("latent_dim", 1),
+                      ("image_size", 16), ("generator_steps", 1), ("log_every", 0), ("gradient_every", 0),
+                      ("sample_every", 0), ("eval_every", 0), ("checkpoint_every", 0), ("num_real", 2),
+                      ("num_fake", 10), ("num_is", 10), ("num_images", 1)):
+        if getattr(resolved, name) is not None and getattr(resolved, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be {low} or more")
+    for name in ("kernel_width", "alpha", "beta", "lr", "width", "historical_averaging"):
+        value, positive = getattr(resolved, name), name in ("kernel_width", "lr", "width")
+        if value is not None and not isinstance(value, str) and (not 0 <= value < math.inf or positive and not value):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a number "
+                            f"{'above' if positive else 'from'} 0")
+    for name in ("delta", "ema", "beta1", "beta2", "label_smoothing"):
+        if not 0 <= getattr(resolved, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: "
+                            "it must be at least 0 and below 1")
+    if resolved.image_size % 8:
+        raise UserError(f"--image-size is {resolved.image_size}: it must be a multiple of 8")
+    if resolved.seed >= 2**31:
+        raise UserError(f"--seed is {resolved.seed}: it must be below 2**31")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    return given or args, resolved, file, checkpoint
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds what it needs on a CPU: a C++ compiler and Python's headers."""
+    compilers = [c for c in (os.environ.get("CXX"), "g++", "clang++") if c]
+    headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
+    return any(map(shutil.which, compilers)) and headers.exists()
+
+
+class Run:
+    """A run folder: args.json, metrics.jsonl, TensorBoard's events, samples/, checkpoint.pt and generator.pt."""
+
+    def __init__(self, args: Args, resolved: Args, file: Optional[pathlib.Path]):
+        given = dataclasses.replace(args, resume=None)  # how this process began is no part of the run
+        self.args, self.records = resolved, []  # records: the lines of metrics.jsonl
+        self.head = {"script": SCRIPT, "args": dataclasses.asdict(given),
+                     "resolved": {**dataclasses.asdict(resolved), "resume": None}}
+        if file is None:
+            name = args.run_name or f"{args.dataset}__{SCRIPT}__{args.seed}__{int(time.time())}"
+            self.folder = pathlib.Path(args.run_dir) / name
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                raise UserError(f"{self.folder} exists: choose another --run-name, or {self.advice()}") from None
+            except OSError as error:
+                raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}; "
+                                "choose another --run-dir") from None
+        else:
+            self.folder = file.parent
+        self.lock = os.open(self.folder, os.O_RDONLY)  # let go by the system when the process ends, however it ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {self.folder}") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def advice(self) -> str:
+        resume = (self.folder / "checkpoint.pt").exists()
+        return f"go on with --resume {self.folder}" if resume else "remove the folder: it has no checkpoint yet"
+
+    def start(self, records: list[dict], iteration: int) -> None:
+        """Write args.json, bring metrics.jsonl and TensorBoard back to `iteration`."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        setting = {**self.head, "versions": versions}
+        self.write("args.json", lambda p: p.write_text(json.dumps(setting, indent=2) + "\n"))
+        self.records = records
+        self.write("metrics.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
+        (self.folder / "samples").mkdir(exist_ok=True)
+        self.writer = SummaryWriter(str(self.folder), purge_step=iteration + 1)
+
+    def write(self, name: str, write: Callable[[pathlib.Path], None]) -> None:
+        write_atomically(self.folder / name, write, f"make room and {self.advice()}; ")
+
+    def log_scores(self, record: dict) -> None:
+        """A line of metrics.jsonl and its points in TensorBoard."""
+        self.records.append(record)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.writer.add_scalar("metrics/fid", record["fid"], record["iteration"])
+        self.writer.add_scalar("metrics/is", record["is_mean"], record["iteration"])
+
+    def save(self, networks: nn.ModuleDict, state: dict) -> None:
+        """checkpoint.pt: everything that training goes on from; generator.pt: G (its average with --ema) alone."""
+        self.writer.flush()
+        contents = {**self.head, **state, "networks": networks.state_dict(), "records": self.records}
+        self.write("checkpoint.pt", lambda p: torch.save(contents, p))
+        generator = networks["generator_ema" if self.args.ema else "generator"]
+        contents = {**self.head, "iteration": state["iteration"], "generator": generator.state_dict()}
+        self.write("generator.pt", lambda p: torch.save(contents, p))
+
+
+# --------------------------------------------------------------------------------------------------------- main
+def choose_device(args: Args) -> torch.device:
+    """The device, with PyTorch's switches set for args.precision and args.deterministic."""
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        allow = args.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
+        torch.backends.cudnn.benchmark = not args.deterministic
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+    return device
+
+
+def load_generator(args: Args, checkpoint: dict, device: torch.device) -> Generator:
+    """G of a checkpoint.pt (its average with --ema) or generator.pt."""
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    generator = Generator(args).to(device, memory_format=layout)
+    if "generator" in checkpoint:
+        state = checkpoint["generator"]
+    else:
+        prefix = "generator_ema." if args.ema else "generator."
+        state = {k.removeprefix(prefix): v for k, v in checkpoint["networks"].items() if k.startswith(prefix)}
+    with fits():
+        generator.load_state_dict(state)
+    return generator
+
+
+@contextlib.contextmanager
+def fits() -> Iterator[None]:
+    """Whatever loading a checkpoint raises when its contents are not this script's, as one line."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"the checkpoint does not fit this {SCRIPT}.py (has it changed since?): {text}") from None
+
+
+def write_images(sample: Callable[[int], Tensor], args: Args) -> None:
+    """--generate: args.num_images PNGs in the folder args.out, or, if it ends in .npy, one uint8 array [N, H, W, C]."""
+    out = pathlib.Path(args.out)
+    array = out.suffix == ".npy"
+    try:
+        (out.parent if array else out).mkdir(parents=True, exist_ok=True)
+        if not array and any(out.iterdir()):
+            raise UserError(f"{out} is not empty: choose another --out")
+        if array:
+            open(out, "ab").close()  # whether it can be written, before the work
+        images = []
+        for start in tqdm(range(0, args.num_images, 100), "generating", dynamic_ncols=True):
+            batch = sample(min(100, args.num_images - start)).permute(0, 2, 3, 1).cpu().numpy()
+            if array:
+                images.append(batch)
+            else:
+                for i, image in enumerate(batch, start):
+                    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(out / f"{i:06d}.png")
+        if array:
+            np.save(out, np.concatenate(images))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {reason(error)}; choose another --out") from None
+    print(f"{args.num_images} images in {out}")
+
+
+class Interrupted(Exception):
+    """A signal came during an evaluation: it is left, and done when the run goes on."""
+
+
+def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, evaluator, device: torch.device,
+          stop: list[int]) -> tuple[bool, str]:
+    """Train to args.iterations, or until a signal is in `stop`; whether that is finished, and the scores in words."""
+    networks = init_networks(args, device)
+    optimizers = init_optimizers(args, networks)
+    batches = Batches(images, args.batch_size, args.seed, device)
+    rng = torch.Generator(device).manual_seed(args.seed)
+    start, seconds, evaluation_due, records = 0, 0.0, False, []
+    if checkpoint is not None:
+        if checkpoint["device"] != device.type:
+            raise UserError(f"the run began on {checkpoint['device']} and its draws go on only there: "
+                            f"give --device {checkpoint['device']}")
+        if checkpoint["data"] != fingerprint(images):
+            raise UserError(f"{args.data_dir} does not hold the images that the run began with "
+                            f"({checkpoint['data'][0]} then, {len(images)} now): give --data-dir")
+        with fits():
+            networks.load_state_dict(checkpoint["networks"])
+            for name, optimizer in optimizers.items():
+                load_optimizer(optimizer, checkpoint["optimizers"][name])
+            batches.load_state_dict(checkpoint["batches"])
+            rng.set_state(checkpoint["rng"])
+            start, seconds, records = checkpoint["iteration"], checkpoint["seconds"], checkpoint["records"]
+            evaluation_due = checkpoint["evaluation_due"]
+    else:
+        first = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(images))[:500])
+        init_by_data(args, networks, images.index_select(0, first).to(device), rng)
+    run.start(records, start)
+    finite = torch.tensor(True, device=device)
+    generator = networks["generator_ema" if args.ema else "generator"]
+    noise_rng = torch.Generator().manual_seed(2**31 + args.seed)
+    fixed_noise = draw_latents(64, args, noise_rng, torch.device("cpu")).to(device)
+    train_step = make_train_step(args, networks, optimizers, rng)
+    if args.cuda_graph and device.type == "cuda" and start < args.iterations:
+        batch = images[: args.batch_size].to(device)
+        train_step = GraphedStep(train_step, networks, optimizers, rng, batch, finite)
+
+    def check_finite(iteration: int, weights: bool = False) -> None:
+        good = finite
+        if weights:  # the last update can spoil them after its loss was taken
+            good = torch.stack([finite, *(v.isfinite().all() for v in networks.state_dict().values())]).all()
+        if not good.item():
+            saved = run.folder / "checkpoint.pt"
+            last = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
+            raise UserError(f"training diverged: a loss or weight is not finite by iteration {iteration}; {last}; "
+                            "try a smaller --lr")
+
+    def save(iteration: int) -> None:
+        check_finite(iteration, weights=True)
+        run.save(networks, {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
+                            "optimizers": {n: o.state_dict() for n, o in optimizers.items()},
+                            "batches": batches.state_dict(), "rng": rng.get_state(), "device": device.type,
+                            "data": fingerprint(images), "evaluation_due": evaluation_due})
+
+    def evaluate(iteration: int) -> bool:
+        """Score G; whether that was left undone for a signal."""
+        sample = make_sampler(generator, args, device)
+
+        def sample_or_stop(n: int) -> Tensor:
+            if stop:
+                raise Interrupted
+            return sample(n)
+
+        check_finite(iteration)
+        try:
+            scores = evaluator.score(sample_or_stop, args.num_fake, args.num_is)
+        except Interrupted:
+            return True
+        run.log_scores({"iteration": iteration, **scores, "seconds": round(seconds + time.perf_counter() - begin, 2),
+                        "images_per_second": round(rate, 2)})
+        return False
+
+    begin = clock = time.perf_counter()
+    counted, rate = start, 0.0
+
+    def measure(iteration: int) -> None:
+        """Images a second since the clock was last set; waits for the device."""
+        nonlocal counted, clock, rate
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if iteration > counted:
+            rate = (iteration - counted) * args.batch_size / max(now - clock, 1e-9)
+        counted, clock = iteration, now
+
+    def due(every: int, iteration: int) -> bool:
+        return every > 0 and (iteration % every == 0 or iteration == args.iterations)
+
+    with run.writer, tqdm(total=args.iterations, initial=start, desc=SCRIPT, unit="it", mininterval=0.5,
+                          dynamic_ncols=True, postfix="compiling" if args.compile else None) as bar:
+        if evaluation_due := evaluation_due and evaluator is not None:
+            evaluation_due = evaluate(start)
+            save(start)
+        iteration, last = start, start == args.iterations or evaluation_due
+        while not last:
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"].fill_(learning_rate(args, iteration))
+            losses = train_step(batches.next(), finite)
+            iteration += 1
+            bar.update()
+            last = iteration == args.iterations or bool(stop)
+            if due(args.log_every, iteration):
+                values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
+                measure(iteration)
+                check_finite(iteration)
+                for name, value in values.items():
+                    run.writer.add_scalar(f"losses/{name}", value, iteration)
+                run.writer.add_scalar("charts/images_per_second", rate, iteration)
+                bar.set_postfix({short: f"{values[name]:.3f}" for short, name in
+                                 (("D", "discriminator"), ("G", "generator"))}, refresh=False)
+            share, sample, score, keep = (due(every, iteration) for every in (args.gradient_every, args.sample_every,
+                                                                              args.eval_every, args.checkpoint_every))
+            if share or sample or score or keep or last:  # not training: the clock of images a second stands still
+                measure(iteration)
+                if share and not args.baseline:
+                    norms = gradient_norms(args, networks, images[:64].to(device), fixed_noise)
+                    for name, value in norms.items():
+                        run.writer.add_scalar(f"gradients/{name}", value, iteration)
+                if sample:
+                    grid = make_grid(sample_images(generator, fixed_noise, args.precision), 8).cpu()
+                    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+                    picture.save(run.folder / f"samples/{iteration:08d}.png")
+                    run.writer.add_image("images/samples", grid, iteration)
+                if score:
+                    evaluation_due = evaluate(iteration)
+                if keep or last or evaluation_due:
+                    save(iteration)
+                last = last or evaluation_due
+                clock = time.perf_counter()
+    finished = iteration == args.iterations and not evaluation_due
+    if not run.records:
+        return finished, "no evaluation yet" if args.eval_every else "no scores, --eval-every 0"
+    scores = run.records[-1]
+    return finished, (f"FID {scores['fid']:.2f}, IS {scores['is_mean']:.2f} ± {scores['is_std']:.2f} "
+                      f"at iteration {scores['iteration']}")
+
+
+def main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # until training begins; SIGINT too, which a shell's & has ignored
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    given, args, file, checkpoint = parse_args()
+    if args.compile and not can_compile():
+        print(f"{SCRIPT}.py: no C++ compiler or no Python headers: training uncompiled "
+              "(Debian, Ubuntu: apt install g++ python3-dev)", file=sys.stderr)
+        args = dataclasses.replace(args, compile=False)
+    device = choose_device(args)
+    if args.generate:
+        write_images(make_sampler(load_generator(args, checkpoint, device), args, device), args)
+        return 0
+    run = None if args.evaluate else Run(given, args, file)
+    try:
+        images = datasets.load(args.dataset, args.data_dir, args.image_size)
+        if run and len(images) < args.batch_size:
+            raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
+        if args.iterations is None:  # counted in epochs
+            args = dataclasses.replace(args, iterations=max(1, args.epochs * len(images) // args.batch_size))
+            run.args, run.head["resolved"]["iterations"] = args, args.iterations
+        evaluator = None
+        if args.evaluate or args.eval_every:
+            from common import metrics  # its Inception takes seconds to import
+            evaluator = metrics.Evaluator(images, args.num_real, args.inception_weights, device)
+    except BaseException:
+        if run and file is None:
+            with contextlib.suppress(OSError):
+                run.folder.rmdir()  # nothing was trained: leave no empty folder
+        raise
+    if args.evaluate:
+        sample = make_sampler(load_generator(args, checkpoint, device), args, device)
+        print(json.dumps({"iteration": checkpoint["iteration"], **evaluator.score(sample, args.num_fake, args.num_is)}))
+        return 0
+    if checkpoint is not None:
+        checkpoint = load_checkpoint(file)[1]  # another process may have written it before this one had the lock
+    stop: list[int] = []  # the signal, if one came: the iteration is finished and everything saved
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    finished, scores = train(run, args, checkpoint, images, evaluator, device, stop)
+    if not finished:
+        print(f"{run.folder}: stopped ({scores}); go on with --resume {run.folder}")
+        return 128 + stop[0]
+    print(f"{run.folder}: {args.iterations} iterations, {scores}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before main
+        sys.exit(128 + signal.SIGINT)
+    except torch.OutOfMemoryError:
+        print(f"{SCRIPT}.py: error: out of GPU memory: lower --batch-size or --width", file=sys.stderr)
+        sys.exit(2)
+    except (UserError, OSError) as error:
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
