@@ -123,7 +123,9 @@ def test_the_run_folder(script, data, weights, tmp_path):
     check_error(script, ["png is not empty", "--out"], "--generate", folder, "--out", tmp_path / "png")
     check_error(script, ["/proc/nowhere"], "--generate", folder, "--out", "/proc/nowhere/x.npy")
 
-    # an evaluation cut short by a signal is done when the run goes on
+    # an evaluation cut short by a signal is done when the run goes on (slow, and the siblings' loop is this script's)
+    if script != SCRIPTS[0]:
+        return
     process = Process(script, "--resume", folder, "--iterations", 6, "--eval-every", 6, "--num-fake", 100000,
                       environment=environment)
     wait_for(lambda: "scoring" in process.read("err"), process)
@@ -202,7 +204,7 @@ def test_a_signal_saves_and_the_run_resumes_exactly(number, straight, data, tmp_
     """Weights, moments, averages, order of the data and draws: bit for bit those of a run left alone."""
     script, expected = straight
     process = Process(script, *arguments(data, tmp_path, "r", *LONG, "--checkpoint-every", 0))
-    for _ in range(2):
+    for _ in range(2 if script == SCRIPTS[0] else 1):
         before = iteration_of(process)
         wait_for(lambda: iteration_of(process) > before, process)
         process.send_signal(number)
@@ -222,11 +224,11 @@ def test_a_signal_saves_and_the_run_resumes_exactly(number, straight, data, tmp_
 
 def test_twenty_kills(straight, data, tmp_path):
     """kill -9 at arbitrary moments, checkpoints being written all the time: each time it resumes, and ends with the
-    weights of a run left alone. (Five for the siblings, whose loop is the first script's.)"""
+    weights of a run left alone. (Three for the siblings, whose loop is the first script's.)"""
     script, expected = straight
     rng, folder = random.Random(0), tmp_path / "r"
     file = folder / "checkpoint.pt"
-    for _ in range(20 if script == SCRIPTS[0] else 5):
+    for _ in range(20 if script == SCRIPTS[0] else 3):
         if file.exists():
             start = torch.load(file, weights_only=True)["iteration"]  # never a torn file
             process = Process(script, "--resume", folder, "--checkpoint-every", 1)
@@ -473,7 +475,8 @@ def test_two_runs_of_one_name(straight, data, tmp_path):
 def test_epochs_and_what_mmgan_shows(script, data, tmp_path):
     """Five passes over 40 images in batches of 8 are 25 iterations; the two spheres are in TensorBoard; a longer run
     goes on with the averages."""
-    run(script, *arguments(data, tmp_path, "r", "--epochs", 5, "--log-every", 5, "--gradient-every", 10))
+    constant = ["--lr-schedule", "constant"]
+    run(script, *arguments(data, tmp_path, "r", "--epochs", 5, "--log-every", 5, "--gradient-every", 10, *constant))
     folder = tmp_path / "r"
     setting = json.loads((folder / "args.json").read_text())
     assert setting["args"]["iterations"] is None and setting["resolved"]["iterations"] == 25
@@ -484,7 +487,7 @@ def test_epochs_and_what_mmgan_shows(script, data, tmp_path):
     assert [e.step for e in scalars(folder, "gradients/correlation")] == [10, 20, 25]
     networks = torch.load(folder / "checkpoint.pt", weights_only=True)["networks"]
     assert networks["averages.decay"] == torch.tensor(0.9) and networks["averages.centroid_real"].any()
-    run(script, *arguments(data, tmp_path, "straight", "--iterations", 30))
+    run(script, *arguments(data, tmp_path, "straight", "--iterations", 30, *constant))
     run(script, "--resume", folder, "--iterations", 30, "--gradient-every", 0)
     but = (*UNLIKE, "epochs", "log_every", "gradient_every", "args/iterations")
     same_checkpoints(folder, tmp_path / "straight", but=but)
