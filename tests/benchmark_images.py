@@ -1,14 +1,14 @@
-"""Speed of an image script's training step: iterations and images a second, operations a second, peak memory.
+"""Speed of image scripts' training steps: iterations and images a second, operations a second, peak memory.
 
+    python tests/benchmark_images.py --seconds 5                    # all four at the papers' sizes: on a GPU
     python tests/benchmark_images.py gngan_cnn.py --width 0.25
 
 Each row is a process of its own, so that its peak memory is its own; the rows run one after the other, so that their
 ratios are those of one sitting. Operations are counted by torch's FlopCounterMode (2 a multiply-add). On a GPU the
 rows are eager, graph and compile+graph in TF32 and bf16, and the floor is the time that the operations would take at
-the rate of a large matrix product.
+the rate of a large matrix product; what is compiled is compiled beforehand, all at once, and kept in PyTorch's cache.
 """
 import contextlib
-import dataclasses
 import importlib
 import json
 import pathlib
@@ -17,10 +17,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import Optional
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import torch
 import tyro
+from steps import parts
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU_ROWS = {
@@ -37,16 +39,25 @@ CUDA_ROWS = {f"{name} {precision}": {"precision": precision, **switches} for pre
 
 @dataclass
 class Args:
-    script: tyro.conf.Positional[str]
-    """An image script, such as gngan_cnn.py."""
+    scripts: tyro.conf.Positional[tuple[str, ...]] = ("gngan_cnn.py", "gngan_resnet.py", "mmgan_dcgan.py",
+                                                      "mmgan_igan.py")
+    """Image scripts."""
     width: float = 1.0
-    batch_size: int = 64
-    dataset: str = "cifar10"
-    """Its image size is what counts; the images are noise."""
+    batch_size: Optional[int] = None
+    """Default: the script's own."""
+    dataset: Optional[str] = None
+    """Its image size is what counts; the images are noise. Default: the script's own."""
     seconds: float = 15.0
     """How long each row is timed, after a warm-up of three iterations."""
     row: str = ""
     """Used by the command itself: one row, as JSON."""
+
+
+def script_args(script, args, **switches):
+    """The module of a script and its arguments for a benchmark."""
+    module = importlib.import_module(pathlib.Path(script).stem)
+    given = {k: getattr(args, k) for k in ("batch_size", "dataset") if getattr(args, k) is not None}
+    return module, module.resolve(module.Args(width=args.width, **given, **switches))
 
 
 class NoModules:
@@ -61,21 +72,11 @@ class NoModules:
         pass
 
 
-def setup(args, **switches):
-    """One iteration as a function of nothing, the script's module and its arguments."""
-    script = importlib.import_module(pathlib.Path(args.script).stem)
-    wanted = script.Args(width=args.width, batch_size=args.batch_size, dataset=args.dataset, **switches)
-    resolved = script.resolve(wanted)
+def setup(script, args, **switches):
+    """One iteration as a function of nothing, and its device."""
+    script, resolved = script_args(script, args, **switches)
     device = script.choose_device(resolved)
-    networks = script.init_networks(resolved, device)
-    optimizers = script.init_optimizers(resolved, networks)
-    rng = torch.Generator(device).manual_seed(1)
-    step = script.make_train_step(resolved, networks, optimizers, rng)
-    shape = (args.batch_size, 1 if args.dataset == "mnist" else 3, resolved.image_size, resolved.image_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(device)
-    given = (images, torch.tensor(True, device=device))  # and what a script's train_step takes between the two
-    if args.script.startswith("gngan"):
-        given = (images, torch.tensor(resolved.alpha, device=device), given[1])
+    networks, optimizers, rng, step, given = parts(script, resolved, device)
     if device.type == "cuda" and resolved.cuda_graph:
         step = script.GraphedStep(step, networks, optimizers, rng, *given)
     return lambda: step(*given), device
@@ -86,20 +87,20 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def measure(args, **switches):
-    step, device = setup(args, **switches)
+def measure(script, args, **switches):
+    step, device = setup(script, args, **switches)
     begin = time.perf_counter()
     for _ in range(3):
         step()
     synchronize(device)
     first = time.perf_counter() - begin
-    count, begin = 0, time.perf_counter()
+    count, rate, begin = 0, 0.0, time.perf_counter()
     while time.perf_counter() < begin + args.seconds:
         for _ in range(1 if device.type == "cpu" else 50):
             step()
             count += 1
         synchronize(device)
-    rate = count / (time.perf_counter() - begin)
+        rate = count / (time.perf_counter() - begin)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
@@ -107,9 +108,9 @@ def measure(args, **switches):
     return {"rate": rate, "memory": memory, "first": first}
 
 
-def operations(args, **switches):
+def operations(script, args, **switches):
     """Floating-point operations of one iteration."""
-    step, _ = setup(args, cuda_graph=False, **switches)
+    step, _ = setup(script, args, cuda_graph=False, **switches)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
     with counter:
@@ -131,16 +132,15 @@ def in_turn(functions, device):
     return [sorted(seconds[1:])[2] for seconds in times]
 
 
-def generator_update(args, device):
+def generator_update(script, args, device):
     """Seconds of G's update by scores alone and by Eq. 13, eager in fp32."""
-    script = importlib.import_module(pathlib.Path(args.script).stem)
-    resolved = script.resolve(script.Args(width=args.width, batch_size=args.batch_size, dataset=args.dataset))
+    script, resolved = script_args(script, args)
     networks = script.init_networks(resolved, device)
     G, D = networks["generator"], networks["discriminator"].requires_grad_(False)
     optimizer = script.init_optimizers(resolved, networks)["generator"]
-    x = torch.rand(args.batch_size, 3, resolved.image_size, resolved.image_size, device=device)
+    x = torch.rand(resolved.batch_size, 3, resolved.image_size, resolved.image_size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
-    z = torch.rand(args.batch_size, resolved.latent_dim, device=device)
+    z = torch.rand(resolved.batch_size, resolved.latent_dim, device=device)
 
     def update(matching):
         fake = G(z)
@@ -170,45 +170,62 @@ def matrix_rate(device, dtype):
     return 2 * n**3 * 20 / (time.perf_counter() - begin)
 
 
+def start(script, args, switches, seconds):
+    """A process for one row, which prints its result as JSON."""
+    given = [v for name in ("width", "batch_size", "dataset") if getattr(args, name) is not None
+             for v in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    return subprocess.Popen([sys.executable, __file__, script, *given, "--seconds", str(seconds), "--row",
+                             json.dumps(switches)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def table(script, args, rows, device, floor):
+    total = operations(script, args)
+    resolved = script_args(script, args)[1]
+    print(f"{script}, {resolved.dataset}, width {args.width}, batch {resolved.batch_size}: "
+          f"{total / 1e9:.1f} GFLOP an iteration")
+    heads = ("it/s", "images/s", "GFLOP/s", "of floor", "peak GiB", "first 3, s")
+    print(" " * 20 + "".join(f"{h:>12s}" for h in heads))
+    for row, switches in rows.items():
+        out, err = start(script, args, switches, args.seconds).communicate()
+        with contextlib.suppress(json.JSONDecodeError, IndexError):
+            result = json.loads(out.splitlines()[-1])
+            rate = result["rate"]
+            share = f"{total * rate / floor[switches['precision']]:.0%}" if floor else "-"
+            print(f"{row:20s}{rate:12.2f}{rate * resolved.batch_size:12.1f}{total * rate / 1e9:12.1f}{share:>12s}"
+                  f"{result['memory']:12.2f}{result['first']:12.1f}", flush=True)
+            continue
+        print(f"{row:20s}failed: {err.strip().splitlines()[-1]}", flush=True)
+    if script.startswith("gngan"):
+        plain, matching = generator_update(script, args, device)
+        print(f"G's update: {plain * 1e3:.1f} ms without gradient matching, {matching * 1e3:.1f} ms with: "
+              f"{matching / plain:.2f} times (the paper's: 53 / 43 = 1.23)")
+    else:
+        baseline = True if script == "mmgan_dcgan.py" else "feature-matching"
+        base, step = in_turn([setup(script, args, baseline=baseline)[0], setup(script, args)[0]], device)
+        print(f"Step: {base * 1e3:.1f} ms of the baseline with one step of G, {step * 1e3:.1f} ms of MMGAN: "
+              f"{step / base:.2f} times")
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
     cuda = torch.cuda.is_available()
     rows = CUDA_ROWS if cuda else CPU_ROWS
     if args.row:
-        return print(json.dumps(measure(args, **json.loads(args.row))))
+        return print(json.dumps(measure(args.scripts[0], args, **json.loads(args.row))))
     device = torch.device("cuda" if cuda else "cpu")
-    total = operations(args)
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.script}, {args.dataset}, width {args.width}, batch {args.batch_size}: "
-          f"{total / 1e9:.1f} GFLOP an iteration; {name}, PyTorch {torch.__version__}")
+    print(f"{name}, PyTorch {torch.__version__}")
     floor = {}
     if cuda:
         torch.backends.cuda.matmul.allow_tf32 = True
         floor = {p: matrix_rate(device, d) for p, d in (("tf32", torch.float32), ("bf16", torch.bfloat16))}
-        print(", ".join(f"matrix product in {p}: {r / 1e12:.0f} TFLOP/s" for p, r in floor.items()))
-    heads = ("it/s", "images/s", "GFLOP/s", "of floor", "peak GiB", "first 3, s")
-    print(" " * 16 + "".join(f"{h:>12s}" for h in heads))
-    given = [v for f in dataclasses.fields(args) if f.name not in ("script", "row")
-             for v in (f"--{f.name.replace('_', '-')}", str(getattr(args, f.name)))]
-    for row, switches in rows.items():
-        done = subprocess.run([sys.executable, __file__, args.script, *given, "--row", json.dumps(switches)],
-                              capture_output=True, text=True)
-        with contextlib.suppress(json.JSONDecodeError, IndexError):
-            result = json.loads(done.stdout.splitlines()[-1])
-            rate = result["rate"]
-            share = f"{total * rate / floor[switches['precision']]:.0%}" if floor else "-"
-            print(f"{row:16s}{rate:12.2f}{rate * args.batch_size:12.1f}{total * rate / 1e9:12.1f}{share:>12s}"
-                  f"{result['memory']:12.2f}{result['first']:12.1f}", flush=True)
-            continue
-        print(f"{row:16s}failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
-    if args.script.startswith("gngan"):
-        plain, matching = generator_update(args, device)
-        print(f"G's update: {plain * 1e3:.1f} ms without gradient matching, {matching * 1e3:.1f} ms with: "
-              f"{matching / plain:.2f} times (the paper's: 53 / 43 = 1.23)")
-    else:
-        base, step = in_turn([setup(args, baseline=True)[0], setup(args)[0]], device)
-        print(f"Step: {base * 1e3:.1f} ms of the baseline with one step of G, {step * 1e3:.1f} ms of MMGAN: "
-              f"{step / base:.2f} times")
+        print(", ".join(f"matrix product in {p}: {r / 1e12:.0f} TFLOP/s" for p, r in floor.items()), flush=True)
+        compiling = [start(script, args, switches, 0) for script in args.scripts for switches in rows.values()
+                     if switches.get("compile")]
+        for process in compiling:
+            process.communicate()
+    for script in args.scripts:
+        table(script, args, rows, device, floor)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,19 @@ TINY = {"width": 1 / 32, "latent_dim": 8, "batch_size": 6}
 def setup(script, **kwargs):
     """Arguments, networks, `step()` for one iteration on a fixed mini-batch of noise, and its flag `finite`."""
     args = script.resolve(script.Args(**{**TINY, **kwargs}))
-    device = torch.device("cpu")
+    networks, _, _, step, given = parts(script, args, torch.device("cpu"))
+    return args, networks, lambda: step(*given), given[-1]
+
+
+def parts(script, args, device):
+    """Networks, optimisers, draws, train_step and what it takes: images, for GN-GAN alpha, the flag `finite`."""
     networks = script.init_networks(args, device)
     optimizers = script.init_optimizers(args, networks)
-    rng = torch.Generator().manual_seed(args.seed)
-    step = script.make_train_step(args, networks, optimizers, rng)
-    pictures = noise(args)
-    finite = torch.tensor(True)
-    fixed = (torch.tensor(args.alpha), finite) if script.SCRIPT.startswith("gngan") else (finite,)
-    return args, networks, lambda: step(pictures, *fixed), finite
+    rng = torch.Generator(device).manual_seed(args.seed)
+    finite = torch.tensor(True, device=device)
+    fixed = (torch.tensor(args.alpha, device=device), finite) if script.SCRIPT.startswith("gngan") else (finite,)
+    return networks, optimizers, rng, script.make_train_step(args, networks, optimizers, rng), (
+        noise(args).to(device), *fixed)
 
 
 def noise(args, seed=9):
