@@ -103,9 +103,10 @@ class Args:
     kernel: Optional[Literal["none", "linear", "poly", "rbf", "exp"]] = None
     """K of Eq. 7 and 8; none: Eq. 4 and 5. Default: rbf; celeba: exp [paper, figure 3]."""
     kernel_width: Union[Literal["auto", "real"], float] = "auto"
-    """The kernel's width w. auto: a moving average, over real and generated features, of their squared distance from
-    the centroid of them all (rbf), their distance (exp) or their squared norm (poly), so that K there is about 0.6.
-    real: over the real ones alone, by which the spheres of rbf soon lie too far apart for any gradient [ours]."""
+    """The kernel's width w. real: a moving average over real features of their squared distance from their centroid
+    (rbf), their distance (exp) or their squared norm (poly), so that K there is about 0.6; the spheres of rbf soon lie
+    too far apart for any gradient. auto: the mean of that and of the same over real and generated ones, by which K
+    between the two centroids cannot vanish [ours]."""
     alpha: float = 1.0
     """Weight of the difference of radii in Eq. 8 [paper]."""
     beta: Optional[float] = None
@@ -305,7 +306,7 @@ def correlation_penalty(features: Tensor) -> Tensor:
 
 
 def typical_width(features: Tensor, name: str) -> Tensor:
-    """What `--kernel-width auto` or `real` averages over features [n, d], without gradient; see there."""
+    """What `--kernel-width real` averages over features [n, d], without gradient; see there."""
     features = features.detach()
     if name == "poly":
         return features.square().sum(1).mean()
@@ -347,9 +348,11 @@ def match(args: Args, averages: Averages, y: Tensor, x: Tensor
     width = torch.ones((), device=y.device)
     if not isinstance(args.kernel_width, str):
         width = width * args.kernel_width
-    elif args.kernel in ("rbf", "exp", "poly"):  # of all features, so that K does not vanish between the two spheres
-        points = y if args.kernel_width == "real" else torch.cat([y, x])
-        width = averages.blend("kernel_width", typical_width(points, args.kernel))
+    elif args.kernel in ("rbf", "exp", "poly"):
+        typical = typical_width(y, args.kernel)
+        if args.kernel_width == "auto":
+            typical = (typical + typical_width(torch.cat([y, x]), args.kernel)) / 2
+        width = averages.blend("kernel_width", typical)
     blended = {"kernel_width": width}
     for side, features in (("real", y), ("fake", x)):
         centroid, radius = manifold(features, args.kernel, width)

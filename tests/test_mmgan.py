@@ -141,14 +141,22 @@ def test_cross_entropy(script):
 
 @pytest.mark.parametrize("name,low,high", [("rbf", 0.55, 0.67), ("exp", 0.55, 0.67)])
 def test_automatic_width_keeps_the_kernel_from_saturating(script, name, low, high):
-    """Whatever the features' scale and number, the mean of K between them and their centroid is about e^-1/2; between
-    the centroids of two sets, however far from each other, it is at least e^-2."""
+    """Whatever the features' scale and number, the mean of K between them and their centroid is about e^-1/2, also by
+    `auto` where both sets are alike; between the centroids of sets however far from each other it is at least e^-4."""
+    import mmgan_dcgan
+    averages = mmgan_dcgan.Averages(mmgan_dcgan.resolve(mmgan_dcgan.Args()))
+    args = mmgan_dcgan.resolve(mmgan_dcgan.Args(kernel=name))
     for d, scale in ((4, 0.01), (2000, 30.0)):
         y = points(64, d, scale=scale).detach()
         width = script.typical_width(y, name)
         assert low < script.kernel(y, y.mean(0, keepdim=True), name, width).mean() < high
-        far = torch.cat([y, y + 1e3 * scale])
-        assert script.kernel(y.mean(0)[None], far[64:].mean(0)[None], name, script.typical_width(far, name)) > 0.13
+        for distance in (0.0, 1e3 * scale):
+            x = points(64, d, seed=1, scale=scale).detach() + distance
+            averages.centroid_real = averages.centroid_fake = torch.zeros(d)
+            width = script.match(args, averages, y, x)[3]["kernel_width"]
+            near = script.kernel(y, y.mean(0, keepdim=True), name, width).mean()
+            between = script.kernel(y.mean(0)[None], x.mean(0)[None], name, width)
+            assert low < near < high if not distance else between > math.exp(-4.1), (near, between)
     assert script.typical_width(y, "poly").item() == pytest.approx(y.square().sum(1).mean().item())
 
 
@@ -380,8 +388,9 @@ def test_averages_against_a_sequence_by_hand(script, kernel, monkeypatch):
         with torch.no_grad():
             y = features(script, args, networks, scaled(script, noise(args, seed)))
             x = features(script, args, networks, networks["generator"](z))
-        all_ = torch.cat([y, x])
-        width = (all_ - all_.mean(0)).square().sum(1).mean() if kernel == "rbf" else torch.ones(())
+        width = torch.ones(())
+        if kernel == "rbf":
+            width = sum((s - s.mean(0)).square().sum(1).mean() for s in (y, torch.cat([y, x]))) / 2
         if expected is not None and kernel == "rbf":
             width = 0.9 * expected["kernel_width"] + 0.1 * width
         mini = {"kernel_width": width}
@@ -437,13 +446,18 @@ def reference_step(script, args, networks, optimizers, rng, pictures, history):
         def take_in(name, value):
             return 0.9 * history[name].detach() + 0.1 * value if name in history else value
 
-        points = (y if args.kernel_width == "real" else torch.cat([y, f])).detach()
-        lengths = (points - points.mean(0)).norm(dim=1)
-        width = {"rbf": lengths.square().mean(), "exp": lengths.mean(), "poly": points.square().sum(1).mean()}
+        def spread(points):
+            lengths = (points - points.mean(0)).norm(dim=1)
+            return {"rbf": lengths.square().mean(), "exp": lengths.mean(), "poly": points.square().sum(1).mean()}
+
+        width = torch.tensor(1.0)
         if isinstance(args.kernel_width, float):
             width = torch.tensor(args.kernel_width)
-        else:
-            width = take_in("w", width[args.kernel]) if args.kernel in width else torch.tensor(1.0)
+        elif args.kernel in ("rbf", "exp", "poly"):
+            width = spread(y.detach())[args.kernel]
+            if args.kernel_width == "auto":
+                width = (width + spread(torch.cat([y, f]).detach())[args.kernel]) / 2
+            width = take_in("w", width)
         new = {"w": width}
         for side, s in (("y", y), ("x", f)):
             c = s.mean(0)
