@@ -1,5 +1,5 @@
 """MMGAN on DCGAN, after "MMGAN: Manifold-Matching Generative Adversarial Network" (Park et al. 2018): table I and
-figure 3 (a)-(e), with every kernel, without kernel, without correlation regulariser, and plain DCGAN.
+figure 3 (a)-(e) and (g), with every kernel, without kernel, without correlation regulariser, and plain DCGAN.
 
     python mmgan_dcgan.py                                # MNIST, RBF kernel: table I, the paper's 32.4%
     python mmgan_dcgan.py --dataset cifar10              # figure 3 (g): the paper's Inception Score of 6.96
@@ -60,7 +60,7 @@ class Args:
     iterations: Optional[int] = None
     """Mini-batches trained on. Default: --epochs passes over the data set."""
     epochs: int = 25
-    """Passes over the data set, where --iterations is not given [authors of DCGAN's code]."""
+    """Passes over the data set, where --iterations is not given [DCGAN's code]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -104,13 +104,13 @@ class Args:
     """K of Eq. 7 and 8; none: Eq. 4 and 5. Default: rbf; celeba: exp [paper, figure 3]."""
     kernel_width: Union[Literal["auto", "real"], float] = "auto"
     """The kernel's width w. real: a moving average over real features of their squared distance from their centroid
-    (rbf), their distance (exp) or their squared norm (poly), so that K there is about 0.6; the spheres of rbf soon lie
-    too far apart for any gradient. auto: the mean of that and of the same over real and generated ones, by which K
-    between the two centroids cannot vanish [ours]."""
+    (rbf, so that K there is about 0.6), their distance (exp, as much) or their squared norm (poly); the spheres of rbf
+    soon lie too far apart for any gradient. auto: the mean of that and of the same over real and generated ones, by
+    which K between the two centroids cannot vanish [ours]."""
     alpha: float = 1.0
     """Weight of the difference of radii in Eq. 8 [paper]."""
     beta: Optional[float] = None
-    """Weight of the correlation regulariser R_G; 0: "No R_G". Default: 1; cifar10 and folder: 0.1 [paper]."""
+    """Weight of the correlation regulariser R_G; 0: "No R_G". Default: 1; cifar10: 0.1 [paper]; folder: 0.1 [ours]."""
     delta: float = 0.9
     """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
     correlation_in_discriminator: bool = False
@@ -128,7 +128,7 @@ class Args:
     lr: float = 2e-4
     """Adam's learning rate [DCGAN's code]."""
     lr_schedule: Literal["constant", "linear"] = "constant"
-    """linear: times min(3 (1 - t/T), 1), as in Improved GAN's code."""
+    """linear: times min(3 (1 - t/T), 1) [Improved GAN's code]."""
     beta1: float = 0.5
     """Adam's first decay [DCGAN's code]."""
     beta2: float = 0.999
@@ -259,10 +259,9 @@ def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
     linear a'b; poly (a'b / w + 1)^3; rbf exp(-|a - b|^2 / 2w); exp exp(-|a - b| / 2w) [offset, degree: ours]. Distances
     are taken of differences, not of inner products, which would lose the last digits of near points.
     """
-    if name == "linear":
-        return a @ b.mT
-    if name == "poly":
-        return (a @ b.mT / width + 1) ** 3
+    if name in ("linear", "poly"):  # no matrix product, which could be in TF32
+        products = (a.unsqueeze(-2) * b.unsqueeze(-3)).sum(-1)
+        return products if name == "linear" else (products / width + 1) ** 3
     lengths = distance(a.unsqueeze(-2), b.unsqueeze(-3))
     if name == "rbf":
         return torch.exp(-lengths.square() / (2 * width))
@@ -299,10 +298,11 @@ def correlation_penalty(features: Tensor) -> Tensor:
 
     A sample that is constant over its features, for which no correlation is defined, counts as uncorrelated.
     """
+    features = features.double()  # as everywhere, no matrix product in TF32
     centred = features - features.mean(1, keepdim=True)
     unit = centred / (centred.square().sum(1, keepdim=True) + 1e-12).sqrt()
     others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)  # I - A is zero on the diagonal
-    return ((unit @ unit.mT * others).square().sum() + 1e-12).sqrt()
+    return ((unit @ unit.mT * others).square().sum() + 1e-12).sqrt().float()
 
 
 def typical_width(features: Tensor, name: str) -> Tensor:
@@ -714,7 +714,8 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
                             f"{'above' if positive else 'from'} 0")
     for name in ("delta", "ema", "beta1", "beta2"):
         if not 0 <= getattr(resolved, name) < 1:
-            raise UserError(f"--{name} is {getattr(resolved, name)}: it must be at least 0 and below 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: "
+                            "it must be at least 0 and below 1")
     if resolved.seed >= 2**31:
         raise UserError(f"--seed is {resolved.seed}: it must be below 2**31")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """MMGAN on Improved GAN, after "MMGAN: Manifold-Matching Generative Adversarial Network" (Park et al. 2018): figure
-3 (f), with every kernel, without kernel, without correlation regulariser, and the two originals of Salimans et al.
-2016, whose feature matching MMGAN generalises.
+3 (f) and (g), with every kernel, without kernel, without correlation regulariser, and the two originals of Salimans et
+al. 2016, whose feature matching MMGAN generalises.
 
     python mmgan_igan.py                                 # CIFAR-10, EXP kernel: the paper's Inception Score of 7.8
     python mmgan_igan.py --beta 0                        # without R_G
@@ -111,9 +111,9 @@ class Args:
     """K of Eq. 7 and 8; none: Eq. 4 and 5. Default: exp [paper, figure 3]."""
     kernel_width: Union[Literal["auto", "real"], float] = "auto"
     """The kernel's width w. real: a moving average over real features of their squared distance from their centroid
-    (rbf), their distance (exp) or their squared norm (poly), so that K there is about 0.6; the spheres of rbf soon lie
-    too far apart for any gradient. auto: the mean of that and of the same over real and generated ones, by which K
-    between the two centroids cannot vanish [ours]."""
+    (rbf, so that K there is about 0.6), their distance (exp, as much) or their squared norm (poly); the spheres of rbf
+    soon lie too far apart for any gradient. auto: the mean of that and of the same over real and generated ones, by
+    which K between the two centroids cannot vanish [ours]."""
     alpha: float = 1.0
     """Weight of the difference of radii in Eq. 8 [paper]."""
     beta: Optional[float] = None
@@ -127,8 +127,8 @@ class Args:
     """What the spheres are of: the 192 channels averaged over the image, as in feature matching, or the last map
     flattened [ours]."""
     baseline: Optional[Literal["minibatch", "feature-matching"]] = None
-    """Improved GAN instead of manifolds. minibatch: minibatch discrimination, G's loss is -E log D(G(z)) up to a
-    constant factor of its gradient; feature-matching: G's is the mean difference of D's mean features."""
+    """Improved GAN instead of manifolds. minibatch: minibatch discrimination, G's loss is E log(1 - D(G(z)));
+    feature-matching: it is the mean absolute difference of D's mean features."""
     generator_steps: Optional[int] = None
     """With --baseline: updates of G an iteration. Default: minibatch 3, else 1 [Improved GAN's code]."""
     historical_averaging: float = 1.0
@@ -187,14 +187,14 @@ class BatchNorm(nn.BatchNorm2d):
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6, affine=False)
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, update: bool) -> Tensor:
         if self.training and not update:
             x = F.batch_norm(x, None, None, None, None, True, 0.0, self.eps)
         else:
             x = super().forward(x)
-        return x + self.bias.to(x.dtype)[:, None, None]
+        return x + self.shift.to(x.dtype)[:, None, None]
 
 
 class VirtualBatchNorm(nn.Module):
@@ -203,7 +203,7 @@ class VirtualBatchNorm(nn.Module):
     def __init__(self, channels: int, reference: int):
         super().__init__()
         self.reference = reference
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, update: bool) -> Tensor:
         x = x.float()
@@ -213,7 +213,7 @@ class VirtualBatchNorm(nn.Module):
         mean, square = torch.cat([reference.expand(-1, self.reference, -1),
                                   weight * moments[:, self.reference :] + (1 - weight) * reference], 1)
         scale = (square - mean.square()).clamp_min(0).add(1e-6).rsqrt()
-        return (x - mean[..., None, None]) * scale[..., None, None] + self.bias[:, None, None]
+        return (x - mean[..., None, None]) * scale[..., None, None] + self.shift[:, None, None]
 
 
 def weight_norm(layer: nn.Module, init_std: float = 1.0, train_scale: bool = False) -> nn.Module:
@@ -222,8 +222,7 @@ def weight_norm(layer: nn.Module, init_std: float = 1.0, train_scale: bool = Fal
     nn.init.normal_(layer.weight, std=0.05)
     nn.init.zeros_(layer.bias)
     torch.nn.utils.parametrizations.weight_norm(layer, dim=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
-    scale = layer.parametrizations.weight.original0
-    nn.init.ones_(scale).requires_grad_(train_scale)
+    nn.init.ones_(layer.parametrizations.weight.original0)
     layer.init_std, layer.frozen = init_std, not train_scale
     return layer
 
@@ -311,7 +310,7 @@ class Discriminator(nn.Module):
 
     def logit(self, features: Tensor) -> Tensor:
         """Logits [B] of `features`' maps."""
-        return torch.logsumexp(self.linear(self.minibatch(features.mean((2, 3)))).float(), 1)
+        return torch.logsumexp(self.linear(self.minibatch(features.float().mean((2, 3)))).float(), 1)
 
     def forward(self, x: Tensor, noise: Optional[list[Tensor]] = None) -> Tensor:
         return self.logit(self.features(x, noise))
@@ -385,10 +384,9 @@ def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
     linear a'b; poly (a'b / w + 1)^3; rbf exp(-|a - b|^2 / 2w); exp exp(-|a - b| / 2w) [offset, degree: ours]. Distances
     are taken of differences, not of inner products, which would lose the last digits of near points.
     """
-    if name == "linear":
-        return a @ b.mT
-    if name == "poly":
-        return (a @ b.mT / width + 1) ** 3
+    if name in ("linear", "poly"):  # no matrix product, which could be in TF32
+        products = (a.unsqueeze(-2) * b.unsqueeze(-3)).sum(-1)
+        return products if name == "linear" else (products / width + 1) ** 3
     lengths = distance(a.unsqueeze(-2), b.unsqueeze(-3))
     if name == "rbf":
         return torch.exp(-lengths.square() / (2 * width))
@@ -425,10 +423,11 @@ def correlation_penalty(features: Tensor) -> Tensor:
 
     A sample that is constant over its features, for which no correlation is defined, counts as uncorrelated.
     """
+    features = features.double()  # as everywhere, no matrix product in TF32
     centred = features - features.mean(1, keepdim=True)
     unit = centred / (centred.square().sum(1, keepdim=True) + 1e-12).sqrt()
     others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)  # I - A is zero on the diagonal
-    return ((unit @ unit.mT * others).square().sum() + 1e-12).sqrt()
+    return ((unit @ unit.mT * others).square().sum() + 1e-12).sqrt().float()
 
 
 def typical_width(features: Tensor, name: str) -> Tensor:
@@ -474,7 +473,7 @@ class Averages(nn.Module):
 
 
 class History(nn.Module):
-    """Historical averaging: the mean of a network's weights over all iterations so far, as buffers of a copy."""
+    """Historical averaging: the mean of a network's weights over its updates so far, in a copy of it."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -527,7 +526,8 @@ def match(args: Args, averages: Averages, y: Tensor, x: Tensor
 
 
 def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
-    """G and D, drawn on the CPU from args.seed, so that every device starts from the same weights; the averages."""
+    """G and D, drawn on the CPU from args.seed, so that every device starts from the same weights (but for
+    `init_by_data`); the averages; the history of historical averaging."""
     torch.manual_seed(args.seed)
     networks = nn.ModuleDict({"generator": Generator(args), "discriminator": Discriminator(args)})
     if not args.baseline:
@@ -592,7 +592,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         """Logits [B] and features [B, d]."""
         with autocast():
             features = D.features(x, noise)
-            return D.logit(features), matched(features, args).float()
+            return D.logit(features), matched(features.float(), args)
 
     def discriminate_both(x: Tensor, fake: Tensor, noise: list, train_real: bool
                           ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -692,7 +692,7 @@ def gradient_norms(args: Args, networks: nn.ModuleDict, images: Tensor, z: Tenso
     x = images.to(torch.float32) / 128 - 127.5 / 128
     with torch.autocast(z.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         fake = G(z)
-        real_features, fake_features = (matched(D.features(v), args).float() for v in (x, fake))
+        real_features, fake_features = (matched(D.features(v).float(), args) for v in (x, fake))
     distance, penalty, terms, _ = match(args, networks["averages"], real_features.detach(), fake_features)
     parts = {"centroid": terms["centroid_distance"], "radius": distance - terms["centroid_distance"],
              "correlation": args.beta * penalty}

@@ -195,7 +195,7 @@ def find_celeba(root: pathlib.Path) -> pathlib.Path:
             if candidate.is_file() and zipfile.is_zipfile(candidate):  # a cut .zip has lost its directory
                 return candidate
     file_id, md5, name = next(f for f in CelebA.file_list if f[2] == "img_align_celeba.zip")
-    by_hand = f"download img_align_celeba.zip by hand from the CelebA page and put it into {root}"
+    by_hand = f"pip install gdown, or download img_align_celeba.zip by hand from the CelebA page and put it into {root}"
 
     def fetch() -> None:
         download_file_from_google_drive(file_id, root, name, md5)

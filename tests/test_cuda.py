@@ -44,10 +44,14 @@ def course(script, iterations=20, **kwargs):
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-@every_script
-@pytest.mark.parametrize("setting", [{}, {"ema": 0.9}, {"compile": True}], ids=["plain", "ema", "compile"])
+BASELINE = {"baseline": "minibatch"}  # Improved GAN: historical averaging, virtual batch norm, three steps of G
+
+
+@pytest.mark.parametrize("script,setting", [*((s, x) for s in SCRIPTS for x in ({}, {"ema": 0.9}, {"compile": True})),
+                                            ("mmgan_igan", BASELINE)])
 def test_a_graph_is_the_eager_step(script, setting):
-    eager = course(script, cuda_graph=False, deterministic=True)
+    alike = {k: v for k, v in setting.items() if k == "baseline"}
+    eager = course(script, cuda_graph=False, deterministic=True, **alike)
     graphed = course(script, deterministic=True, **setting)
     for name, values in eager.items():
         assert graphed[name] == pytest.approx(values, rel=1e-3, abs=1e-3), name
@@ -86,11 +90,11 @@ def test_a_changed_learning_rate_reaches_the_graph(script):
     assert lengths[1] == 0 < lengths[0] < lengths[2] / 10
 
 
-@every_script
+@pytest.mark.parametrize("script,setting", [*((s, {}) for s in SCRIPTS), ("mmgan_igan", BASELINE)])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_an_iteration_does_not_wait_for_the_device(script, graph):
+def test_an_iteration_does_not_wait_for_the_device(script, setting, graph):
     module = importlib.import_module(script)
-    args, _, _, _, step, given = prepare(script, cuda_graph=graph)
+    args, _, _, _, step, given = prepare(script, cuda_graph=graph, **setting)
     pictures = torch.cat([noise(args, seed) for seed in range(4)])
     batches = module.Batches(pictures, args.batch_size, 1, CUDA)
     step(batches.next(), *given[1:])
@@ -113,13 +117,13 @@ def test_lower_precision_is_close(script, precision):
         assert values[0] == pytest.approx(exact[name][0], rel=0.2, abs=0.05), name
 
 
-@every_script
-def test_resuming_under_a_graph_is_exact(script, tmp_path):
+@pytest.mark.parametrize("script,more", [*((s, []) for s in SCRIPTS), ("mmgan_igan", ["--baseline", "minibatch"])])
+def test_resuming_under_a_graph_is_exact(script, more, tmp_path):
     """With --deterministic, bit for bit."""
     data = make_data.image_zip(tmp_path / "photos.zip", 40)
     given = ["--dataset", "folder", "--data-dir", data, "--width", "0.03125", "--batch-size", "8", "--latent-dim", "8",
              "--eval-every", "0", "--device", "cuda", "--deterministic", "--lr-schedule", "constant", "--ema", "0.9",
-             "--run-dir", tmp_path]
+             "--run-dir", tmp_path, *more]
     run(f"{script}.py", *given, "--run-name", "straight", "--iterations", 20)
     run(f"{script}.py", *given, "--run-name", "resumed", "--iterations", 9)
     run(f"{script}.py", "--resume", tmp_path / "resumed", "--iterations", 20)

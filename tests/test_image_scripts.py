@@ -262,6 +262,18 @@ def test_more_iterations_later(script, data, tmp_path):
     assert "--iterations (4 in the checkpoint, 6 here)" in err
 
 
+def test_improved_gan_resumes_exactly(data, tmp_path):
+    """With the history, the reference batch and three steps of G; the first iteration has initialised by the data."""
+    given = ["--baseline", "minibatch", "--lr-schedule", "constant", "--ema", "0.9"]
+    for name, iterations in (("a", 5), ("b", 2)):
+        run("mmgan_igan.py", *arguments(data, tmp_path, name, "--iterations", iterations, *given))
+    run("mmgan_igan.py", "--resume", tmp_path / "b", "--iterations", 5)
+    same_checkpoints(tmp_path / "a", tmp_path / "b")
+    networks = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)["networks"]
+    assert networks["history.generator.count"] == 15 and networks["history.discriminator.count"] == 5
+    assert not networks["discriminator.convs.0.parametrizations.weight.original0"].eq(1).any()
+
+
 @every_script
 def test_evaluating_does_not_change_training(script, data, tmp_path):
     run(script, *arguments(data, tmp_path, "a", "--iterations", 4, "--sample-every", 1, "--log-every", 1))

@@ -20,12 +20,23 @@ def test_batch_norm_statistics(script):
     """A pass moves the running statistics only when told to; both normalise by the batch's own."""
     torch.manual_seed(0)
     norm, x = script.BatchNorm(4), torch.randn(8, 4, 5, 5) * 3 + 1
-    quiet = norm(x, False)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_()
+    gain = norm.weight if norm.weight is not None else torch.ones(4)
+    shift = norm.bias if norm.bias is not None else norm.shift
+
+    def expected(mean, var):
+        mean, var, g, b = (v.detach()[:, None, None] for v in (mean, var, gain, shift))
+        return (x - mean) / (var + norm.eps).sqrt() * g + b
+
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(norm(x, False), expected(mean, var))
     assert not norm.running_mean.any()
-    torch.testing.assert_close(norm(x, True), quiet)
-    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2, 3)))
+    torch.testing.assert_close(norm(x, True), expected(mean, var))
+    torch.testing.assert_close(norm.running_mean, 0.1 * mean)
     norm.eval()
-    assert not torch.allclose(norm(x, False), quiet)
+    torch.testing.assert_close(norm(x, False), expected(norm.running_mean, norm.running_var))
 
 
 def test_moving_average(script):
@@ -71,10 +82,10 @@ def test_a_loss_that_is_not_finite_is_remembered(script):
 
 
 @pytest.mark.parametrize("through_cpp", [False, True])
-def test_compiled_is_eager(script, through_cpp, monkeypatch):
+def test_compiled_is_eager(script, through_cpp, monkeypatch, setting=None):
     """Each loss in one graph, double backward and all; once also through the C++ compiler, which takes a minute for an
     autoencoder's part alone and so does without."""
-    setting = {}
+    setting = setting or {}
     if through_cpp:
         if script.SCRIPT != SCRIPTS[0]:
             pytest.skip("the C++ compiler is tried on the first script")
@@ -92,6 +103,11 @@ def test_compiled_is_eager(script, through_cpp, monkeypatch):
         assert results[1][1][name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
     eager, compiled = (torch.cat([v.flatten() for v in w.values() if v.is_floating_point()]) for w, _ in results)
     assert ((compiled - eager).abs() < 1e-4).float().mean() > 0.98  # Adam turns around where a gradient is about zero
+
+
+def test_improved_gan_compiled(monkeypatch):
+    """Historical averaging, virtual batch norm and minibatch discrimination in the graphs."""
+    test_compiled_is_eager(importlib.import_module("mmgan_igan"), False, monkeypatch, {"baseline": "minibatch"})
 
 
 def test_samples_are_a_seeds_own(script):
