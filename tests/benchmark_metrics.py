@@ -3,8 +3,7 @@
     python tests/benchmark_metrics.py --num-real 10000 --num-fake 5000
 
 The weights are random and the images noise: neither changes the time (that the scores agree on images that differ is
-tested in test_common.py). The second evaluation has the real images'
-features from the first, as every evaluation of a training run but the first one.
+tested in test_common.py).
 """
 import pathlib
 import sys
