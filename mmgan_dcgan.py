@@ -9,7 +9,8 @@ figure 3 (a)-(e) and (g), with every kernel, without kernel, without correlation
 A discriminator D sees features of real and of generated images. Each set of features is a manifold: a sphere, in the
 Hilbert space of a kernel, with a centroid and a radius (Eq. 3, 4, 7). Each iteration:
 
-    D      tells real from generated, and keeps the two spheres apart (Eq. 10: cross-entropy minus G's loss)
+    D      tells real from generated, and keeps the two spheres apart (Eq. 10: cross-entropy minus their distance; with
+           --correlation-in-discriminator also minus R_G, as printed there)
            the moving averages of both centroids and radii take in the mini-batch's (Algorithm 1)
     G      brings the two averaged spheres together (Eq. 5, 8) and keeps its images' features uncorrelated (Eq. 9)
 
@@ -133,6 +134,8 @@ class Args:
     """Adam's first decay [DCGAN's code]."""
     beta2: float = 0.999
     """Adam's second decay [DCGAN's code]."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon [DCGAN's code]."""
     ema: float = 0.0
     """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
     # logging
@@ -248,7 +251,7 @@ def memory_format(weight: Tensor) -> torch.memory_format:
 
 
 # -------------------------------------------------------------------------------------------------------- losses
-def distance(a: Tensor, b: Tensor) -> Tensor:
+def point_distance(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances of points a [..., d] and b [..., d], in fp32; finite gradient where they coincide."""
     return ((a - b).square().sum(-1) + 1e-12).sqrt()
 
@@ -262,7 +265,7 @@ def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
     if name in ("linear", "poly"):  # no matrix product, which could be in TF32
         products = (a.unsqueeze(-2) * b.unsqueeze(-3)).sum(-1)
         return products if name == "linear" else (products / width + 1) ** 3
-    lengths = distance(a.unsqueeze(-2), b.unsqueeze(-3))
+    lengths = point_distance(a.unsqueeze(-2), b.unsqueeze(-3))
     if name == "rbf":
         return torch.exp(-lengths.square() / (2 * width))
     if name == "exp":
@@ -281,7 +284,7 @@ def manifold(features: Tensor, name: str, width: Tensor | float = 1.0) -> Manifo
     Eq. 4) or the mean squared distance in the kernel's Hilbert space (Eq. 7)."""
     centroid = features.mean(0)
     if name == "none":
-        return centroid, distance(features, centroid).mean()
+        return centroid, point_distance(features, centroid).mean()
     return centroid, squared_distance(features, centroid, name, width).mean()
 
 
@@ -289,7 +292,7 @@ def manifold_distance(real: Manifold, fake: Manifold, alpha: float, name: str, w
     """L_G of two spheres: |c_Y - c_X| + |l_Y - l_X| (none: Eq. 5, which has no alpha), or Eq. 8. Scalar."""
     radii = (real[1] - fake[1]).abs()
     if name == "none":
-        return distance(real[0], fake[0]) + radii
+        return point_distance(real[0], fake[0]) + radii
     return squared_distance(real[0], fake[0], name, width) + alpha * radii
 
 
@@ -310,7 +313,7 @@ def typical_width(features: Tensor, name: str) -> Tensor:
     features = features.detach()
     if name == "poly":
         return features.square().sum(1).mean()
-    lengths = distance(features, features.mean(0))
+    lengths = point_distance(features, features.mean(0))
     return lengths.square().mean() if name == "rbf" else lengths.mean()
 
 
@@ -342,8 +345,8 @@ class Averages(nn.Module):
         self.decay.fill_(delta)
 
 
-def match(args: Args, averages: Averages, y: Tensor, x: Tensor
-          ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def match_manifolds(args: Args, averages: Averages, y: Tensor, x: Tensor
+                    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """L_G and R_G of real features y and generated ones x [B, d]; what is logged; the averages with both taken in."""
     width = torch.ones((), device=y.device)
     if not isinstance(args.kernel_width, str):
@@ -386,7 +389,7 @@ def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.opti
     """One Adam a network."""
     device = next(networks.parameters()).device
     return {name: torch.optim.Adam(networks[name].parameters(), lr=torch.tensor(args.lr, device=device),
-                                   betas=(args.beta1, args.beta2), fused=True,
+                                   betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True,
                                    capturable=device.type == "cuda" and args.cuda_graph)
             for name in ("discriminator", "generator")}
 
@@ -402,6 +405,11 @@ def load_optimizer(optimizer: torch.optim.Adam, state: dict) -> None:
 def learning_rate(args: Args, iteration: int) -> float:
     """The learning rate of an iteration, counted from 0."""
     return args.lr * (min(3 * (1 - iteration / args.iterations), 1.0) if args.lr_schedule == "linear" else 1.0)
+
+
+def to_float(images: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
+    """uint8 images as D sees them, from -1 to 1."""
+    return images.to(torch.float32, memory_format=layout) / 127.5 - 1
 
 
 def draw_latents(n: int, args: Args, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -450,7 +458,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         entropy = cross_entropy(real_logit, fake_logit)
         if args.baseline:
             return entropy, {"discriminator": entropy}
-        distance, penalty, _, _ = match(args, networks["averages"], real_features, fake_features)
+        distance, penalty, _, _ = match_manifolds(args, networks["averages"], real_features, fake_features)
         loss = entropy - distance
         if args.correlation_in_discriminator:
             loss = loss - args.beta * penalty
@@ -461,7 +469,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
             loss = F.softplus(-discriminate(fake)[0]).mean()
             return loss, {"generator": loss}, {}
         _, real_features, _, fake_features = discriminate_both(x, fake, train_real=False)
-        distance, penalty, terms, blended = match(args, networks["averages"], real_features, fake_features)
+        distance, penalty, terms, blended = match_manifolds(args, networks["averages"], real_features, fake_features)
         loss = distance + args.beta * penalty
         return loss, {"generator": loss, **terms}, {name: value.detach() for name, value in blended.items()}
 
@@ -484,7 +492,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
     # G(z) is computed once for both updates; D's features of both sides are computed anew after D's update, since the
     # averages and G's gradient are to come from the D that has just learnt (Algorithm 1).
     def train_step(images: Tensor, finite: Tensor) -> dict[str, Tensor]:
-        x = images.to(torch.float32, memory_format=layout) / 127.5 - 1
+        x = to_float(images, layout)
         z = draw_latents(len(x), args, rng, device)
         losses = {}
         fake = generate_fake(z, update_statistics=True)
@@ -513,16 +521,17 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
 
 
 def gradient_norms(args: Args, networks: nn.ModuleDict, images: Tensor, z: Tensor) -> dict[str, float]:
-    """Norm of the gradient to G's weights of each term of its loss, as weighted there; changes nothing."""
+    """Norm of the gradient to G's weights of each term of its loss, as weighted there, on the images given (R_G
+    grows with their number); changes nothing."""
     G, D = networks["generator"], networks["discriminator"].requires_grad_(False)
-    x = images.to(torch.float32) / 127.5 - 1
+    x = to_float(images)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         fake = G(z)
         if args.joint_batch:
             real_features, fake_features = (f.flatten(1).float() for f in D.features(torch.cat([x, fake])).chunk(2))
         else:
             real_features, fake_features = (D.features(v).flatten(1).float() for v in (x, fake))
-    distance, penalty, terms, _ = match(args, networks["averages"], real_features.detach(), fake_features)
+    distance, penalty, terms, _ = match_manifolds(args, networks["averages"], real_features.detach(), fake_features)
     parts = {"centroid": terms["centroid_distance"], "radius": distance - terms["centroid_distance"],
              "correlation": args.beta * penalty}
     norms = {}
@@ -701,14 +710,18 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
     elif args.generator_steps != 1:
         raise UserError("--generator-steps is the baseline's: MMGAN's Algorithm 1 has one; leave it out")
     resolved = resolve(args)
+    for flag, kernels in (("alpha", ("none",)), ("kernel_width", ("none", "linear"))):
+        if resolved.kernel in kernels and getattr(args, flag) != getattr(Args, flag):
+            raise UserError(f"--kernel {resolved.kernel} has no {flag.replace('_', ' ')}: "
+                            f"leave --{flag.replace('_', '-')} out")
     for name, low in (("seed", 0), ("iterations", 1), ("epochs", 1), ("batch_size", 2), ("latent_dim", 1),
                       ("image_size", 16), ("generator_steps", 1), ("log_every", 0), ("gradient_every", 0),
                       ("sample_every", 0), ("eval_every", 0), ("checkpoint_every", 0), ("num_real", 2),
                       ("num_fake", 10), ("num_is", 10), ("num_images", 1)):
         if getattr(resolved, name) is not None and getattr(resolved, name) < low:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be {low} or more")
-    for name in ("kernel_width", "alpha", "beta", "lr", "width"):
-        value, positive = getattr(resolved, name), name in ("kernel_width", "lr", "width")
+    for name in ("kernel_width", "alpha", "beta", "lr", "width", "adam_eps"):
+        value, positive = getattr(resolved, name), name in ("kernel_width", "lr", "width", "adam_eps")
         if value is not None and not isinstance(value, str) and (not 0 <= value < math.inf or positive and not value):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a number "
                             f"{'above' if positive else 'from'} 0")

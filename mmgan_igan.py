@@ -10,7 +10,8 @@ al. 2016, whose feature matching MMGAN generalises.
 A discriminator D sees features of real and of generated images. Each set of features is a manifold: a sphere, in the
 Hilbert space of a kernel, with a centroid and a radius (Eq. 3, 4, 7). Each iteration:
 
-    D      tells real from generated, and keeps the two spheres apart (Eq. 10: cross-entropy minus G's loss)
+    D      tells real from generated, and keeps the two spheres apart (Eq. 10: cross-entropy minus their distance; with
+           --correlation-in-discriminator also minus R_G, as printed there)
            the moving averages of both centroids and radii take in the mini-batch's (Algorithm 1)
     G      brings the two averaged spheres together (Eq. 5, 8) and keeps its images' features uncorrelated (Eq. 9)
 
@@ -94,18 +95,18 @@ class Args:
     data_dir: str = "data"
     """Where data sets are kept and downloaded to; with folder, the directory or .zip itself."""
     image_size: int = 32
-    """Height and width, a multiple of 8 [Improved GAN's code]."""
+    """Height and width, a multiple of 8; 32 [Improved GAN's code]."""
     # model
     width: float = 1.0
     """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
     latent_dim: int = 100
     """Dimensions of z ~ U(0, 1) [Improved GAN's code]."""
     minibatch_discrimination: bool = False
-    """Minibatch discrimination before D's last layer (100 kernels of 5 dimensions); --baseline minibatch has it always
-    [Improved GAN's code]."""
+    """Minibatch discrimination before D's last layer (100 kernels of 5 dimensions, as many fewer as --width says);
+    --baseline minibatch has it always [Improved GAN's code]."""
     virtual_batch_norm: bool = True
     """With --baseline minibatch: G normalises by a fixed reference batch of z and each sample itself, not by the
-    mini-batch [its paper's row of 6.86]."""
+    mini-batch [Improved GAN's paper, row of 6.86]."""
     # loss
     kernel: Optional[Literal["none", "linear", "poly", "rbf", "exp"]] = None
     """K of Eq. 7 and 8; none: Eq. 4 and 5. Default: exp [paper, figure 3]."""
@@ -124,18 +125,19 @@ class Args:
     """R_G is part of D's loss too, with a minus, as Eq. 10 has it, by which D learns to let all generated images look
     the same and nothing else; without: G's alone, as section V has it."""
     features: Literal["pooled", "map"] = "pooled"
-    """What the spheres are of: the 192 channels averaged over the image, as in feature matching, or the last map
-    flattened [ours]."""
+    """What the spheres are of. pooled: the 192 channels of D's last map averaged over the image, as in feature matching
+    [ours]; map: that map flattened [paper, figure 2]."""
     baseline: Optional[Literal["minibatch", "feature-matching"]] = None
     """Improved GAN instead of manifolds. minibatch: minibatch discrimination, G's loss is E log(1 - D(G(z)));
     feature-matching: it is the mean absolute difference of D's mean features."""
     generator_steps: Optional[int] = None
     """With --baseline: updates of G an iteration. Default: minibatch 3, else 1 [Improved GAN's code]."""
     historical_averaging: float = 1.0
-    """With --baseline minibatch: weight of each network's squared distance from its weights' mean so far; 0: off [its
-    paper, without a weight]."""
+    """With --baseline minibatch: weight of each network's squared distance from its weights' mean so far; 0: off
+    [Improved GAN's paper, without a weight]."""
     label_smoothing: float = 0.1
-    """With --baseline minibatch: real images' target in D's loss is 1 minus this; 0: off [its paper]."""
+    """With --baseline minibatch: real images' target in D's loss is 1 minus this; 0: off [Improved GAN's
+    paper]."""
     # optimisation
     batch_size: int = 100
     """Images a mini-batch [Improved GAN's code]."""
@@ -147,6 +149,9 @@ class Args:
     """Adam's first decay [Improved GAN's code]."""
     beta2: float = 0.999
     """Adam's second decay [Improved GAN's code]."""
+    adam_eps: Optional[float] = None
+    """Adam's epsilon. Default: 1e-8 [ours]; with --baseline 1e-4 [Improved GAN's code, where it is 1e-8 inside the
+    root], under which MMGAN's G stands still: the farther the spheres are apart, the smaller is its gradient."""
     ema: float = 0.0
     """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
     # logging
@@ -174,7 +179,8 @@ def resolve(args: Args) -> Args:
     """The arguments with every default filled in that depends on another. The baseline has no kernel and no beta;
     iterations counted in epochs wait for the data set, see `main`."""
     defaults = {"num_is": 50_000 if args.dataset == "cifar10" else args.num_fake,
-                "generator_steps": 3 if args.baseline == "minibatch" else 1}
+                "generator_steps": 3 if args.baseline == "minibatch" else 1,
+                "adam_eps": 1e-4 if args.baseline else 1e-8}
     if not args.baseline:
         defaults |= {"kernel": "exp", "beta": 0.1}
     return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
@@ -277,7 +283,7 @@ class MinibatchDiscrimination(nn.Module):
         return (points[:, None] - points).abs().sum(3) + 1e6 * itself
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # a layer: its product may be in TF32
             x = x.float()
             return torch.cat([x, torch.exp(-self.distances(x)).sum(1) + self.bias], 1)
 
@@ -359,7 +365,7 @@ def init_by_data(args: Args, networks: nn.ModuleDict, images: Tensor, rng: torch
             handles.append(module.register_forward_pre_hook(spread))
     device = images.device
     networks["generator"](draw_latents(len(images), args, rng, device))
-    networks["discriminator"](images.float() / 128 - 127.5 / 128, draw_noise(len(images), args, rng, device))
+    networks["discriminator"](to_float(images), draw_noise(len(images), args, rng, device))
     for handle in handles:
         handle.remove()
     if args.ema:
@@ -373,7 +379,7 @@ def memory_format(weight: Tensor) -> torch.memory_format:
 
 
 # -------------------------------------------------------------------------------------------------------- losses
-def distance(a: Tensor, b: Tensor) -> Tensor:
+def point_distance(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances of points a [..., d] and b [..., d], in fp32; finite gradient where they coincide."""
     return ((a - b).square().sum(-1) + 1e-12).sqrt()
 
@@ -387,7 +393,7 @@ def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
     if name in ("linear", "poly"):  # no matrix product, which could be in TF32
         products = (a.unsqueeze(-2) * b.unsqueeze(-3)).sum(-1)
         return products if name == "linear" else (products / width + 1) ** 3
-    lengths = distance(a.unsqueeze(-2), b.unsqueeze(-3))
+    lengths = point_distance(a.unsqueeze(-2), b.unsqueeze(-3))
     if name == "rbf":
         return torch.exp(-lengths.square() / (2 * width))
     if name == "exp":
@@ -406,7 +412,7 @@ def manifold(features: Tensor, name: str, width: Tensor | float = 1.0) -> Manifo
     Eq. 4) or the mean squared distance in the kernel's Hilbert space (Eq. 7)."""
     centroid = features.mean(0)
     if name == "none":
-        return centroid, distance(features, centroid).mean()
+        return centroid, point_distance(features, centroid).mean()
     return centroid, squared_distance(features, centroid, name, width).mean()
 
 
@@ -414,7 +420,7 @@ def manifold_distance(real: Manifold, fake: Manifold, alpha: float, name: str, w
     """L_G of two spheres: |c_Y - c_X| + |l_Y - l_X| (none: Eq. 5, which has no alpha), or Eq. 8. Scalar."""
     radii = (real[1] - fake[1]).abs()
     if name == "none":
-        return distance(real[0], fake[0]) + radii
+        return point_distance(real[0], fake[0]) + radii
     return squared_distance(real[0], fake[0], name, width) + alpha * radii
 
 
@@ -435,7 +441,7 @@ def typical_width(features: Tensor, name: str) -> Tensor:
     features = features.detach()
     if name == "poly":
         return features.square().sum(1).mean()
-    lengths = distance(features, features.mean(0))
+    lengths = point_distance(features, features.mean(0))
     return lengths.square().mean() if name == "rbf" else lengths.mean()
 
 
@@ -486,18 +492,18 @@ class History(nn.Module):
         for mean, weight in zip(self.mean.parameters(), network.parameters()):
             mean.add_((weight - mean) / self.count)
 
-    def distance(self, network: nn.Module) -> Tensor:
+    def squared_distance(self, network: nn.Module) -> Tensor:
         """|weights - mean|^2 over all weights; scalar."""
         return sum((w - m).square().sum() for m, w in zip(self.mean.parameters(), network.parameters()))
 
 
-def matched(features: Tensor, args: Args) -> Tensor:
+def matched_features(features: Tensor, args: Args) -> Tensor:
     """What is matched of D's last maps [B, C, h, w]: channels' means or all values, [B, d]."""
     return features.mean((2, 3)) if args.features == "pooled" else features.flatten(1)
 
 
-def match(args: Args, averages: Averages, y: Tensor, x: Tensor
-          ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def match_manifolds(args: Args, averages: Averages, y: Tensor, x: Tensor
+                    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """L_G and R_G of real features y and generated ones x [B, d]; what is logged; the averages with both taken in."""
     width = torch.ones((), device=y.device)
     if not isinstance(args.kernel_width, str):
@@ -540,13 +546,13 @@ def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
 
 
 def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.optim.Adam]:
-    """One Adam a network, of all its weights but the scales of weight norm that stay as initialised. Epsilon: Improved
-    GAN's code has 1e-8 inside the root, which is the same where a gradient is far from 1e-4."""
+    """One Adam a network, of all its weights but the scales of weight norm that stay as initialised. Improved GAN's
+    code has its epsilon inside the root: 1e-8 there is 1e-4 here, but for gradients near 1e-4."""
     device = next(networks.parameters()).device
     frozen = {id(m.parametrizations.weight.original0) for m in networks.modules() if getattr(m, "frozen", False)}
     return {name: torch.optim.Adam([p for p in networks[name].parameters() if id(p) not in frozen],
-                                   lr=torch.tensor(args.lr, device=device), betas=(args.beta1, args.beta2), eps=1e-4,
-                                   fused=True, capturable=device.type == "cuda" and args.cuda_graph)
+                                   lr=torch.tensor(args.lr, device=device), betas=(args.beta1, args.beta2),
+                                   eps=args.adam_eps, fused=True, capturable=device.type == "cuda" and args.cuda_graph)
             for name in ("discriminator", "generator")}
 
 
@@ -561,6 +567,11 @@ def load_optimizer(optimizer: torch.optim.Adam, state: dict) -> None:
 def learning_rate(args: Args, iteration: int) -> float:
     """The learning rate of an iteration, counted from 0."""
     return args.lr * (min(3 * (1 - iteration / args.iterations), 1.0) if args.lr_schedule == "linear" else 1.0)
+
+
+def to_float(images: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
+    """uint8 images as D sees them, from -127.5/128 to 127.5/128."""
+    return images.to(torch.float32, memory_format=layout) / 128 - 127.5 / 128
 
 
 def draw_latents(n: int, args: Args, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -592,7 +603,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         """Logits [B] and features [B, d]."""
         with autocast():
             features = D.features(x, noise)
-            return D.logit(features), matched(features.float(), args)
+            return D.logit(features), matched_features(features.float(), args)
 
     def discriminate_both(x: Tensor, fake: Tensor, noise: list, train_real: bool
                           ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -603,12 +614,12 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
 
     def discriminator_objective(x: Tensor, fake: Tensor, noise: list) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 10
         real_logit, real_features, fake_logit, fake_features = discriminate_both(x, fake, noise, train_real=True)
-        entropy = cross_entropy(real_logit, fake_logit) / 2
+        entropy = cross_entropy(real_logit, fake_logit) / 2  # halved as in Improved GAN's code
         if args.baseline == "minibatch":  # one-sided: the target of real images alone
             entropy = entropy + args.label_smoothing * real_logit.mean() / 2
         if args.baseline:
             return entropy, {"discriminator": entropy}
-        distance, penalty, _, _ = match(args, networks["averages"], real_features, fake_features)
+        distance, penalty, _, _ = match_manifolds(args, networks["averages"], real_features, fake_features)
         loss = entropy - distance
         if args.correlation_in_discriminator:
             loss = loss - args.beta * penalty
@@ -623,7 +634,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         if args.baseline == "feature-matching":
             loss = feature_matching(real_features, fake_features)
             return loss, {"generator": loss}, {}
-        distance, penalty, terms, blended = match(args, networks["averages"], real_features, fake_features)
+        distance, penalty, terms, blended = match_manifolds(args, networks["averages"], real_features, fake_features)
         loss = distance + args.beta * penalty
         return loss, {"generator": loss, **terms}, {name: value.detach() for name, value in blended.items()}
 
@@ -644,7 +655,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         if "history" not in networks:
             return 0.0
         networks["history"][name].take_in(networks[name])
-        return args.historical_averaging * networks["history"][name].distance(networks[name])
+        return args.historical_averaging * networks["history"][name].squared_distance(networks[name])
 
     def update(loss: Tensor, *names: str) -> None:
         chosen = [optimizers[name] for name in names]
@@ -657,7 +668,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
     # G(z) is computed once for both updates; D's features of both sides are computed anew after D's update, since the
     # averages and G's gradient are to come from the D that has just learnt (Algorithm 1).
     def train_step(images: Tensor, finite: Tensor) -> dict[str, Tensor]:
-        x = images.to(torch.float32, memory_format=layout) / 128 - 127.5 / 128
+        x = to_float(images, layout)
         z = draw_latents(len(x), args, rng, device)
         losses = {}
         fake = generate_fake(z, update_statistics=True)
@@ -667,7 +678,8 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         losses.update(terms)
         D.requires_grad_(False)
         for step in range(args.generator_steps):
-            fake = generate_fake(draw_latents(len(x), args, rng, device)) if step else fake
+            if step:  # the first takes D's, the others draw anew, as Improved GAN's code does in all
+                fake = generate_fake(draw_latents(len(x), args, rng, device))
             loss, terms, blended = generator_objective(x, fake, draw_both(real=args.baseline != "minibatch"))
             update(loss + drift("generator"), "generator")
             losses.update(terms)
@@ -686,14 +698,14 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
 
 
 def gradient_norms(args: Args, networks: nn.ModuleDict, images: Tensor, z: Tensor) -> dict[str, float]:
-    """Norm of the gradient to G's weights of each term of its loss, as weighted there, with D undisturbed; changes
-    nothing."""
+    """Norm of the gradient to G's weights of each term of its loss, as weighted there, on the images given (R_G
+    grows with their number), with D undisturbed; changes nothing."""
     G, D = networks["generator"], networks["discriminator"].requires_grad_(False)
-    x = images.to(torch.float32) / 128 - 127.5 / 128
+    x = to_float(images)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         fake = G(z)
-        real_features, fake_features = (matched(D.features(v).float(), args) for v in (x, fake))
-    distance, penalty, terms, _ = match(args, networks["averages"], real_features.detach(), fake_features)
+        real_features, fake_features = (matched_features(D.features(v).float(), args) for v in (x, fake))
+    distance, penalty, terms, _ = match_manifolds(args, networks["averages"], real_features.detach(), fake_features)
     parts = {"centroid": terms["centroid_distance"], "radius": distance - terms["centroid_distance"],
              "correlation": args.beta * penalty}
     norms = {}
@@ -871,19 +883,25 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
                 raise UserError(f"--baseline has no {name.replace('_', ' ')}: leave --{name.replace('_', '-')} out")
     elif args.generator_steps not in (None, 1):
         raise UserError("--generator-steps is the baseline's: MMGAN's Algorithm 1 has one; leave it out")
+    if args.baseline == "minibatch" and args.minibatch_discrimination:
+        raise UserError("--baseline minibatch always has it: leave --minibatch-discrimination out")
     if args.baseline != "minibatch":
         for name in ("virtual_batch_norm", "historical_averaging", "label_smoothing"):
             if getattr(args, name) != getattr(Args, name):
                 raise UserError(f"--{name.replace('_', '-')} is for --baseline minibatch alone: leave it out")
     resolved = resolve(args)
+    for flag, kernels in (("alpha", ("none",)), ("kernel_width", ("none", "linear"))):
+        if resolved.kernel in kernels and getattr(args, flag) != getattr(Args, flag):
+            raise UserError(f"--kernel {resolved.kernel} has no {flag.replace('_', ' ')}: "
+                            f"leave --{flag.replace('_', '-')} out")
     for name, low in (("seed", 0), ("iterations", 1), ("epochs", 1), ("batch_size", 2), ("latent_dim", 1),
                       ("image_size", 16), ("generator_steps", 1), ("log_every", 0), ("gradient_every", 0),
                       ("sample_every", 0), ("eval_every", 0), ("checkpoint_every", 0), ("num_real", 2),
                       ("num_fake", 10), ("num_is", 10), ("num_images", 1)):
         if getattr(resolved, name) is not None and getattr(resolved, name) < low:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be {low} or more")
-    for name in ("kernel_width", "alpha", "beta", "lr", "width", "historical_averaging"):
-        value, positive = getattr(resolved, name), name in ("kernel_width", "lr", "width")
+    for name in ("kernel_width", "alpha", "beta", "lr", "width", "adam_eps", "historical_averaging"):
+        value, positive = getattr(resolved, name), name in ("kernel_width", "lr", "width", "adam_eps")
         if value is not None and not isinstance(value, str) and (not 0 <= value < math.inf or positive and not value):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a number "
                             f"{'above' if positive else 'from'} 0")
@@ -1060,7 +1078,7 @@ def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, eval
             rng.set_state(checkpoint["rng"])
             start, seconds, records = checkpoint["iteration"], checkpoint["seconds"], checkpoint["records"]
             evaluation_due = checkpoint["evaluation_due"]
-    else:
+    else:  # of 500 images, as in Improved GAN's code
         first = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(images))[:500])
         init_by_data(args, networks, images.index_select(0, first).to(device), rng)
     run.start(records, start)

@@ -374,6 +374,9 @@ def test_gngan_errors(script, given, words, data, tmp_path):
     (["--generator-steps", "2"], ["--generator-steps is the baseline's"]),
     (["--kernel-width", "0"], ["--kernel-width is 0"]), (["--delta", "1"], ["--delta is 1"]),
     (["--epochs", "0"], ["--epochs is 0"]), (["--num-is", "9"], ["--num-is is 9"]),
+    (["--adam-eps", "0"], ["--adam-eps is 0"]),
+    (["--kernel", "none", "--alpha", "0.5"], ["--kernel none has no alpha", "leave --alpha out"]),
+    (["--kernel", "linear", "--kernel-width", "2"], ["--kernel linear has no kernel width"]),
 ])
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if s.startswith("mmgan")])
 def test_mmgan_errors(script, given, words, data, tmp_path):
@@ -388,6 +391,7 @@ def test_mmgan_errors(script, given, words, data, tmp_path):
     (["--baseline", "minibatch", "--historical-averaging", "-1"], ["--historical-averaging is -1"]),
     (["--baseline", "minibatch", "--label-smoothing", "1"], ["--label-smoothing is 1"]),
     (["--baseline", "minibatch", "--features", "map"], ["--baseline has no features"]),
+    (["--baseline", "minibatch", "--minibatch-discrimination"], ["leave --minibatch-discrimination out"]),
     (["--image-size", "36"], ["--image-size is 36", "multiple of 8"]),
 ])
 def test_igan_errors(given, words, data, tmp_path):

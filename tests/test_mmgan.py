@@ -1,4 +1,5 @@
 """MMGAN's image scripts: equations against numpy, averages against a sequence by hand, networks, one iteration."""
+import dataclasses
 import importlib
 import math
 
@@ -153,7 +154,7 @@ def test_automatic_width_keeps_the_kernel_from_saturating(script, name, low, hig
         for distance in (0.0, 1e3 * scale):
             x = points(64, d, seed=1, scale=scale).detach() + distance
             averages.centroid_real = averages.centroid_fake = torch.zeros(d)
-            width = script.match(args, averages, y, x)[3]["kernel_width"]
+            width = script.match_manifolds(args, averages, y, x)[3]["kernel_width"]
             near = script.kernel(y, y.mean(0, keepdim=True), name, width).mean()
             between = script.kernel(y.mean(0)[None], x.mean(0)[None], name, width)
             assert low < near < high if not distance else between > math.exp(-4.1), (near, between)
@@ -361,7 +362,8 @@ def test_historical_averaging():
         history.take_in(networks["discriminator"])
     mean = torch.stack(seen).mean(0)
     torch.testing.assert_close(history.mean.linear.bias.detach(), mean)
-    assert history.distance(networks["discriminator"]).item() == pytest.approx((seen[-1] - mean).square().sum().item())
+    expected = (seen[-1] - mean).square().sum().item()
+    assert history.squared_distance(networks["discriminator"]).item() == pytest.approx(expected)
     assert "history" not in igan(baseline="minibatch", historical_averaging=0.0)[2]
 
 
@@ -558,7 +560,7 @@ def test_only_the_mini_batch_moves_the_generator(script):
     assert averages.decay == 0.75 and not any(b.requires_grad for b in averages.buffers())
     f = points(6, len(averages.centroid_fake)).detach().requires_grad_()
     y = points(6, len(averages.centroid_fake), seed=2).detach()
-    _, _, _, blended = script.match(args, averages, y, f)
+    _, _, _, blended = script.match_manifolds(args, averages, y, f)
     gradient, = torch.autograd.grad(blended["radius_fake"], f)
     alone, = torch.autograd.grad(script.manifold(f, "linear")[1], f)
     torch.testing.assert_close(gradient, 0.25 * alone)
@@ -608,6 +610,12 @@ def test_igan_defaults():
     assert (args.generator_steps, args.historical_averaging, args.label_smoothing, args.virtual_batch_norm) == (
         3, 1.0, 0.1, True) and args.kernel is None
     assert script.resolve(script.Args(baseline="feature-matching")).generator_steps == 1
+    for baseline, given, eps in ((None, None, 1e-8), ("minibatch", None, 1e-4), ("feature-matching", None, 1e-4),
+                                 (None, 1e-4, 1e-4)):
+        args = script.resolve(script.Args(baseline=baseline, adam_eps=given))
+        networks = script.init_networks(dataclasses.replace(args, width=0.05), torch.device("cpu"))
+        optimizers = script.init_optimizers(args, networks)
+        assert [o.param_groups[0]["eps"] for o in optimizers.values()] == [eps, eps]
     assert script.resolve(script.Args(baseline="minibatch", generator_steps=2)).generator_steps == 2
 
 
