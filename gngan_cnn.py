@@ -119,8 +119,11 @@ class Args:
     """Share of the reconstructions among the reals of Eq. 7 [paper]."""
     alpha_schedule: Literal["constant", "falling"] = "constant"
     """falling: alpha goes linearly to 0 between T/2 and 3T/4, as in the authors' Dist-GAN code."""
-    penalty: Literal["l2", "rms"] = "rms"
-    """V_P's norm of the logit's gradient: root mean square over pixels (the authors' code) or L2 (the formula)."""
+    penalty: Optional[Literal["l2", "rms", "reversed"]] = None
+    """V_P's norm of the logit's gradient: L2 (the formula) or root mean square over pixels (the authors' code).
+    reversed: the latter with a minus before V_P, as the authors' hinge loss has it, so that D's slopes are drawn to 0,
+    not to 1, at which D's scores saturate and all gradients of the hinge loss end. Default: rms; with --hinge reversed.
+    """
     autoencoder_updates: Literal["both", "separate", "encoder"] = "both"
     """The autoencoder's update trains E and G (the paper; with one Adam for both updates of G), E and G with moments of
     G's own for it (separate), or E alone (the authors' code)."""
@@ -159,7 +162,7 @@ def resolve(args: Args) -> Args:
     if args.distgan:
         args = dataclasses.replace(args, neighbor_embedding=False, gradient_matching=False)
     defaults = {"iterations": 200_000 if args.hinge else 350_000, "image_size": 48 if args.dataset == "stl10" else 32,
-                "lambda_p": 1.0 if args.autoencoder else 0.0}
+                "lambda_p": 1.0 if args.autoencoder else 0.0, "penalty": "reversed" if args.hinge else "rms"}
     return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
 
 
@@ -338,13 +341,15 @@ def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mi
                      penalty: str = "l2") -> Tensor:
     """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8), of the logit; scalar.
 
-    real, fake [B, C, H, W]; mix [B, 1, 1, 1] from U(0, 1). penalty: l2, or rms: the norm over sqrt(C H W).
+    real, fake [B, C, H, W]; mix [B, 1, 1, 1] from U(0, 1). penalty: l2, or rms: the norm over sqrt(C H W), or reversed:
+    -V_P of the latter, which grows with slopes up to 1 (at 32x32 an L2 norm of 55, which D stays far below).
     """
     point = mix * real + (1 - mix) * fake
     slope = norm(logit_and_gradient(discriminator, point)[1])
-    if penalty == "rms":
+    if penalty != "l2":
         slope = slope / math.sqrt(point[0].numel())
-    return (slope - 1).square().mean()
+    value = (slope - 1).square().mean()
+    return -value if penalty == "reversed" else value
 
 
 def gradient_matching(discriminator: Discriminate, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -111,7 +111,7 @@ def per_sample_gradients(discriminator, x):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("penalty", ["l2", "rms"])
+@pytest.mark.parametrize("penalty", ["l2", "rms", "reversed"])
 def test_gradient_penalty(script, penalty):
     discriminator = smooth_discriminator(torch.float32)
     real, fake, mix = images(seed=1), images(seed=2), torch.rand(5, 1, 1, 1, generator=torch.Generator().manual_seed(3))
@@ -119,7 +119,8 @@ def test_gradient_penalty(script, penalty):
     for i in range(5):
         point = mix[i] * real[i] + (1 - mix[i]) * fake[i]
         slope = per_sample_gradients(discriminator, point[None]).norm()
-        total += (slope / (3 if penalty == "rms" else 1) - 1) ** 2 / 5  # 9 pixels
+        total += (slope / (1 if penalty == "l2" else 3) - 1) ** 2 / 5  # 9 pixels
+    total = -total if penalty == "reversed" else total
     value = script.gradient_penalty(discriminator, real, fake, mix, penalty)
     assert value.item() == pytest.approx(total.item(), rel=1e-4)
 
@@ -404,8 +405,8 @@ def reference_step(script, args, networks, optimizers, rng, pictures):
             loss = loss - args.alpha * F.logsigmoid(D(rebuilt)).mean()
     if args.autoencoder:
         slope = input_gradient(mix * x + (1 - mix) * fake)[1].flatten(1).norm(dim=1)
-        slope = slope / (math.sqrt(x[0].numel()) if args.penalty == "rms" else 1)
-        loss = loss + args.lambda_p * (slope - 1).pow(2).mean()
+        slope = slope / (1 if args.penalty == "l2" else math.sqrt(x[0].numel()))
+        loss = loss + args.lambda_p * (-1 if args.penalty == "reversed" else 1) * (slope - 1).pow(2).mean()
     update("discriminator", loss)
     fake = G(z)
     if args.gradient_matching:
@@ -429,7 +430,7 @@ def reference_step(script, args, networks, optimizers, rng, pictures):
 
 @pytest.mark.parametrize("setting", [*ABLATIONS, {"distgan": True}, {"hinge": True}, {"hinge": False},
                                      {"autoencoder_updates": "encoder"}, {"autoencoder_updates": "separate"},
-                                     {"penalty": "l2"},
+                                     {"penalty": "l2"}, {"hinge": True, "penalty": "rms"},
                                      {"hinge": True, "autoencoder": False, "gradient_matching": False},
                                      {"hinge": False, "autoencoder": False, "gradient_matching": False}])
 def test_an_iteration_is_algorithm_1(script, setting, monkeypatch):
@@ -482,6 +483,8 @@ def test_defaults(script):
     assert script.resolve(script.Args(dataset="stl10")).image_size == 48
     assert script.resolve(script.Args(autoencoder=False)).lambda_p == 0
     assert not script.resolve(script.Args(distgan=True)).gradient_matching
+    for hinge, given, penalty in ((False, None, "rms"), (True, None, "reversed"), (True, "l2", "l2")):
+        assert script.resolve(script.Args(hinge=hinge, penalty=given)).penalty == penalty
 
 
 def test_cnn_defaults():
