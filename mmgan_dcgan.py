@@ -112,6 +112,10 @@ class Args:
     """Weight of the difference of radii in Eq. 8 [paper]."""
     beta: Optional[float] = None
     """Weight of the correlation regulariser R_G; 0: "No R_G". Default: 1; cifar10: 0.1 [paper]; folder: 0.1 [ours]."""
+    manifold_scale: Literal["one", "width"] = "one"
+    """What L_G is multiplied by in G's loss: 1 [paper], or the kernel's width."""
+    manifold_in_discriminator: bool = True
+    """L_G is part of D's loss, with a minus [paper: Eq. 6, 10]; without: D's loss is the cross-entropy alone."""
     delta: float = 0.9
     """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
     correlation_in_discriminator: bool = False
@@ -374,6 +378,11 @@ def match_manifolds(args: Args, averages: Averages, y: Tensor, x: Tensor
     return distance, penalty, terms, blended
 
 
+def manifold_weight(args: Args, blended: dict[str, Tensor]) -> Tensor | float:
+    """What L_G is multiplied by in G's loss, see `--manifold-scale`."""
+    return blended["kernel_width"] if args.manifold_scale == "width" else 1.0
+
+
 def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
     """G and D, drawn on the CPU from args.seed, so that every device starts from the same weights; the averages."""
     torch.manual_seed(args.seed)
@@ -456,10 +465,12 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
     def discriminator_objective(x: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 10
         real_logit, real_features, fake_logit, fake_features = discriminate_both(x, fake, train_real=True)
         entropy = cross_entropy(real_logit, fake_logit)
-        if args.baseline:
+        if args.baseline or not (args.manifold_in_discriminator or args.correlation_in_discriminator):
             return entropy, {"discriminator": entropy}
         distance, penalty, _, _ = match_manifolds(args, networks["averages"], real_features, fake_features)
-        loss = entropy - distance
+        loss = entropy
+        if args.manifold_in_discriminator:
+            loss = loss - distance
         if args.correlation_in_discriminator:
             loss = loss - args.beta * penalty
         return loss, {"discriminator": loss, "cross_entropy": entropy}
@@ -470,7 +481,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
             return loss, {"generator": loss}, {}
         _, real_features, _, fake_features = discriminate_both(x, fake, train_real=False)
         distance, penalty, terms, blended = match_manifolds(args, networks["averages"], real_features, fake_features)
-        loss = distance + args.beta * penalty
+        loss = manifold_weight(args, blended) * distance + args.beta * penalty
         return loss, {"generator": loss, **terms}, {name: value.detach() for name, value in blended.items()}
 
     if args.compile:  # the losses, not the loop: optimisers and draws stay outside
@@ -531,9 +542,11 @@ def gradient_norms(args: Args, networks: nn.ModuleDict, images: Tensor, z: Tenso
             real_features, fake_features = (f.flatten(1).float() for f in D.features(torch.cat([x, fake])).chunk(2))
         else:
             real_features, fake_features = (D.features(v).flatten(1).float() for v in (x, fake))
-    distance, penalty, terms, _ = match_manifolds(args, networks["averages"], real_features.detach(), fake_features)
-    parts = {"centroid": terms["centroid_distance"], "radius": distance - terms["centroid_distance"],
-             "correlation": args.beta * penalty}
+    distance, penalty, terms, blended = match_manifolds(args, networks["averages"], real_features.detach(),
+                                                        fake_features)
+    weight = manifold_weight(args, blended)
+    parts = {"centroid": weight * terms["centroid_distance"],
+             "radius": weight * (distance - terms["centroid_distance"]), "correlation": args.beta * penalty}
     norms = {}
     for name, part in parts.items():
         gradients = torch.autograd.grad(part, list(G.parameters()), retain_graph=True)
@@ -704,7 +717,8 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
         given = dataclasses.replace(given, **{k: getattr(args, k) for k in free
                                               if getattr(args, k) != getattr(saved, k)})
     if args.baseline:
-        for name in ("kernel", "beta", "kernel_width", "alpha", "delta", "correlation_in_discriminator"):
+        for name in ("kernel", "beta", "kernel_width", "alpha", "delta", "manifold_scale",
+                     "manifold_in_discriminator", "correlation_in_discriminator"):
             if getattr(args, name) != getattr(Args, name):
                 raise UserError(f"--baseline has no {name.replace('_', ' ')}: leave --{name.replace('_', '-')} out")
     elif args.generator_steps != 1:

@@ -119,6 +119,12 @@ class Args:
     """Weight of the difference of radii in Eq. 8 [paper]."""
     beta: Optional[float] = None
     """Weight of the correlation regulariser R_G; 0: "No R_G". Default: 0.1 [paper]."""
+    manifold_scale: Literal["one", "width"] = "width"
+    """What L_G is multiplied by in G's loss: 1 [paper], or the kernel's width, without which its gradient becomes ever
+    smaller while D's features and w grow (here no batch norm holds them), until R_G alone moves G [ours]."""
+    manifold_in_discriminator: bool = False
+    """L_G is part of D's loss, with a minus [paper: Eq. 6, 10], by which D, here without batch norm, keeps the spheres
+    apart for good; without: D's loss is the cross-entropy alone, as in feature matching [ours]."""
     delta: float = 0.9
     """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
     correlation_in_discriminator: bool = False
@@ -149,9 +155,11 @@ class Args:
     """Adam's first decay [Improved GAN's code]."""
     beta2: float = 0.999
     """Adam's second decay [Improved GAN's code]."""
-    adam_eps: Optional[float] = None
-    """Adam's epsilon. Default: 1e-8 [ours]; with --baseline 1e-4 [Improved GAN's code, where it is 1e-8 inside the
-    root], under which MMGAN's G stands still: the farther the spheres are apart, the smaller is its gradient."""
+    adam_eps: float = 1e-4
+    """Adam's epsilon [Improved GAN's code, where it is 1e-8 inside the root]."""
+    adam_eps_generator: Optional[float] = None
+    """The same for G. Default: 1e-8, MMGAN's gradients being small by the averages' 1 - delta [ours]; with --baseline
+    --adam-eps."""
     ema: float = 0.0
     """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
     # logging
@@ -180,7 +188,7 @@ def resolve(args: Args) -> Args:
     iterations counted in epochs wait for the data set, see `main`."""
     defaults = {"num_is": 50_000 if args.dataset == "cifar10" else args.num_fake,
                 "generator_steps": 3 if args.baseline == "minibatch" else 1,
-                "adam_eps": 1e-4 if args.baseline else 1e-8}
+                "adam_eps_generator": args.adam_eps if args.baseline else 1e-8}
     if not args.baseline:
         defaults |= {"kernel": "exp", "beta": 0.1}
     return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
@@ -531,6 +539,11 @@ def match_manifolds(args: Args, averages: Averages, y: Tensor, x: Tensor
     return distance, penalty, terms, blended
 
 
+def manifold_weight(args: Args, blended: dict[str, Tensor]) -> Tensor | float:
+    """What L_G is multiplied by in G's loss, see `--manifold-scale`."""
+    return blended["kernel_width"] if args.manifold_scale == "width" else 1.0
+
+
 def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
     """G and D, drawn on the CPU from args.seed, so that every device starts from the same weights (but for
     `init_by_data`); the averages; the history of historical averaging."""
@@ -552,8 +565,8 @@ def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.opti
     frozen = {id(m.parametrizations.weight.original0) for m in networks.modules() if getattr(m, "frozen", False)}
     return {name: torch.optim.Adam([p for p in networks[name].parameters() if id(p) not in frozen],
                                    lr=torch.tensor(args.lr, device=device), betas=(args.beta1, args.beta2),
-                                   eps=args.adam_eps, fused=True, capturable=device.type == "cuda" and args.cuda_graph)
-            for name in ("discriminator", "generator")}
+                                   eps=eps, fused=True, capturable=device.type == "cuda" and args.cuda_graph)
+            for name, eps in (("discriminator", args.adam_eps), ("generator", args.adam_eps_generator))}
 
 
 def load_optimizer(optimizer: torch.optim.Adam, state: dict) -> None:
@@ -617,10 +630,12 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         entropy = cross_entropy(real_logit, fake_logit) / 2  # halved as in Improved GAN's code
         if args.baseline == "minibatch":  # one-sided: the target of real images alone
             entropy = entropy + args.label_smoothing * real_logit.mean() / 2
-        if args.baseline:
+        if args.baseline or not (args.manifold_in_discriminator or args.correlation_in_discriminator):
             return entropy, {"discriminator": entropy}
         distance, penalty, _, _ = match_manifolds(args, networks["averages"], real_features, fake_features)
-        loss = entropy - distance
+        loss = entropy
+        if args.manifold_in_discriminator:
+            loss = loss - distance
         if args.correlation_in_discriminator:
             loss = loss - args.beta * penalty
         return loss, {"discriminator": loss, "cross_entropy": entropy}
@@ -635,7 +650,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
             loss = feature_matching(real_features, fake_features)
             return loss, {"generator": loss}, {}
         distance, penalty, terms, blended = match_manifolds(args, networks["averages"], real_features, fake_features)
-        loss = distance + args.beta * penalty
+        loss = manifold_weight(args, blended) * distance + args.beta * penalty
         return loss, {"generator": loss, **terms}, {name: value.detach() for name, value in blended.items()}
 
     if args.compile:  # the losses, not the loop: optimisers and draws stay outside
@@ -705,9 +720,11 @@ def gradient_norms(args: Args, networks: nn.ModuleDict, images: Tensor, z: Tenso
     with torch.autocast(z.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         fake = G(z)
         real_features, fake_features = (matched_features(D.features(v).float(), args) for v in (x, fake))
-    distance, penalty, terms, _ = match_manifolds(args, networks["averages"], real_features.detach(), fake_features)
-    parts = {"centroid": terms["centroid_distance"], "radius": distance - terms["centroid_distance"],
-             "correlation": args.beta * penalty}
+    distance, penalty, terms, blended = match_manifolds(args, networks["averages"], real_features.detach(),
+                                                        fake_features)
+    weight = manifold_weight(args, blended)
+    parts = {"centroid": weight * terms["centroid_distance"],
+             "radius": weight * (distance - terms["centroid_distance"]), "correlation": args.beta * penalty}
     norms = {}
     for name, part in parts.items():
         gradients = torch.autograd.grad(part, list(G.parameters()), retain_graph=True)
@@ -878,7 +895,8 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
         given = dataclasses.replace(given, **{k: getattr(args, k) for k in free
                                               if getattr(args, k) != getattr(saved, k)})
     if args.baseline:
-        for name in ("kernel", "beta", "kernel_width", "alpha", "delta", "correlation_in_discriminator", "features"):
+        for name in ("kernel", "beta", "kernel_width", "alpha", "delta", "manifold_scale",
+                     "manifold_in_discriminator", "correlation_in_discriminator", "features"):
             if getattr(args, name) != getattr(Args, name):
                 raise UserError(f"--baseline has no {name.replace('_', ' ')}: leave --{name.replace('_', '-')} out")
     elif args.generator_steps not in (None, 1):
@@ -900,8 +918,10 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
                       ("num_fake", 10), ("num_is", 10), ("num_images", 1)):
         if getattr(resolved, name) is not None and getattr(resolved, name) < low:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be {low} or more")
-    for name in ("kernel_width", "alpha", "beta", "lr", "width", "adam_eps", "historical_averaging"):
-        value, positive = getattr(resolved, name), name in ("kernel_width", "lr", "width", "adam_eps")
+    for name in ("kernel_width", "alpha", "beta", "lr", "width", "adam_eps", "adam_eps_generator",
+                 "historical_averaging"):
+        value, positive = getattr(resolved, name), name in ("kernel_width", "lr", "width", "adam_eps",
+                                                            "adam_eps_generator")
         if value is not None and not isinstance(value, str) and (not 0 <= value < math.inf or positive and not value):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a number "
                             f"{'above' if positive else 'from'} 0")

@@ -33,9 +33,11 @@ MMGAN = ([["--kernel", k] for k in ("none", "linear", "poly", "rbf", "exp")]
          + [["--beta", "0"], ["--kernel-width", "50"], ["--correlation-in-discriminator", "--kernel-width", "real"],
             ["--ema", "0.9"], ["--precision", "bf16"], ["--no-channels-last"]])
 SETTINGS = {"gngan_cnn.py": GNGAN, "gngan_resnet.py": GNGAN,
-            "mmgan_dcgan.py": MMGAN + [["--joint-batch"], ["--baseline"], ["--baseline", "--generator-steps", "2"],
+            "mmgan_dcgan.py": MMGAN + [["--manifold-scale", "width", "--no-manifold-in-discriminator"],
+                                       ["--joint-batch"], ["--baseline"], ["--baseline", "--generator-steps", "2"],
                                        ["--image-size", "45"], ["--lr-schedule", "linear"]],
-            "mmgan_igan.py": MMGAN + [["--baseline", "minibatch"], ["--baseline", "feature-matching", "--ema", "0.9"],
+            "mmgan_igan.py": MMGAN + [["--manifold-scale", "one", "--manifold-in-discriminator"],
+                                      ["--baseline", "minibatch"], ["--baseline", "feature-matching", "--ema", "0.9"],
                                       ["--baseline", "minibatch", "--no-virtual-batch-norm", "--generator-steps", "2"],
                                       ["--minibatch-discrimination"], ["--features", "map", "--image-size", "48"],
                                       ["--lr-schedule", "constant"]]}

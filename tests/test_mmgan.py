@@ -492,7 +492,8 @@ def reference_step(script, args, networks, optimizers, rng, pictures, history):
         loss = (F.binary_cross_entropy_with_logits(real, targets) - F.logsigmoid(-fake).mean()) / 2
     if not args.baseline:
         match, penalty = final(averaged(y, f), f)
-        loss = loss - match - (penalty if args.correlation_in_discriminator else 0)
+        loss = loss - (match if args.manifold_in_discriminator else 0)
+        loss = loss - (penalty if args.correlation_in_discriminator else 0)
     descend(loss + drift("discriminator"), optimizers["discriminator"])
     if args.baseline:
         for step in range(args.generator_steps):
@@ -510,13 +511,16 @@ def reference_step(script, args, networks, optimizers, rng, pictures, history):
     _, y, _, f = discriminate(x, G(z))
     new = averaged(y.detach(), f)
     match, penalty = final(new, f)
-    descend(match + penalty, optimizers["generator"])
+    weight = new["w"].detach() if args.manifold_scale == "width" else 1
+    descend(weight * match + penalty, optimizers["generator"])
     history.update({k: v.detach() for k, v in new.items()})
 
 
 COMMON = [*({"kernel": k} for k in ("none", *KERNELS)), {"kernel": "rbf", "kernel_width": 3.0},
           {"kernel": "exp", "beta": 0.0}, {"kernel": "rbf", "correlation_in_discriminator": True},
-          {"kernel": "rbf", "kernel_width": "real"}, {"kernel": "rbf", "alpha": 0.0}]
+          {"kernel": "rbf", "kernel_width": "real"}, {"kernel": "rbf", "alpha": 0.0},
+          *({"kernel": "exp", "manifold_scale": scale, "manifold_in_discriminator": adversarial}
+            for scale in ("one", "width") for adversarial in (True, False))]
 OWN = {"mmgan_dcgan": [{"kernel": "rbf", "joint_batch": True}, {"baseline": True},
                        {"baseline": True, "generator_steps": 2}],
        "mmgan_igan": [{"features": "map"}, {"minibatch_discrimination": True}, {"baseline": "feature-matching"},
@@ -611,11 +615,13 @@ def test_igan_defaults():
         3, 1.0, 0.1, True) and args.kernel is None
     assert script.resolve(script.Args(baseline="feature-matching")).generator_steps == 1
     for baseline, given, eps in ((None, None, 1e-8), ("minibatch", None, 1e-4), ("feature-matching", None, 1e-4),
-                                 (None, 1e-4, 1e-4)):
-        args = script.resolve(script.Args(baseline=baseline, adam_eps=given))
+                                 (None, 1e-3, 1e-3)):
+        args = script.resolve(script.Args(baseline=baseline, adam_eps_generator=given))
+        assert (args.manifold_scale, args.manifold_in_discriminator) == ("width", False)
         networks = script.init_networks(dataclasses.replace(args, width=0.05), torch.device("cpu"))
         optimizers = script.init_optimizers(args, networks)
-        assert [o.param_groups[0]["eps"] for o in optimizers.values()] == [eps, eps]
+        assert {name: o.param_groups[0]["eps"] for name, o in optimizers.items()} == {"discriminator": 1e-4,
+                                                                                      "generator": eps}
     assert script.resolve(script.Args(baseline="minibatch", generator_steps=2)).generator_steps == 2
 
 
