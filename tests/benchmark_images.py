@@ -1,12 +1,13 @@
 """Speed of image scripts' training steps: iterations and images a second, operations a second, peak memory.
 
-    python tests/benchmark_images.py --seconds 5                    # all four at the papers' sizes: on a GPU
+    python tests/benchmark_images.py --tests --seconds 3    # on a GPU: its tests and all four scripts, in nine minutes
     python tests/benchmark_images.py gngan_cnn.py --width 0.25
 
 Each row is a process of its own, so that its peak memory is its own; the rows run one after the other, so that their
 ratios are those of one sitting. Operations are counted by torch's FlopCounterMode (2 a multiply-add). On a GPU the
 rows are eager, graph and compile+graph in TF32 and bf16, and the floor is the time that the operations would take at
 the rate of a large matrix product; what is compiled is compiled beforehand, all at once, and kept in PyTorch's cache.
+Meanwhile --tests runs tests/test_cuda.py, a process for each script.
 """
 import contextlib
 import importlib
@@ -49,6 +50,10 @@ class Args:
     """Its image size is what counts; the images are noise. Default: the script's own."""
     seconds: float = 15.0
     """How long each row is timed, after a warm-up of three iterations."""
+    tests: bool = False
+    """Run the tests for a CUDA GPU as well; the exit status is theirs."""
+    limit: float = 520.0
+    """No row is begun later than this many seconds after the start."""
     row: str = ""
     """Used by the command itself: one row, as JSON."""
 
@@ -178,7 +183,14 @@ def start(script, args, switches, seconds):
                              json.dumps(switches)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def table(script, args, rows, device, floor):
+def start_tests(script):
+    """A process for the tests of one script on a GPU."""
+    tests = pathlib.Path(__file__).with_name("test_cuda.py")
+    command = [sys.executable, "-m", "pytest", tests, "-k", pathlib.Path(script).stem, "-rfE", "--tb=short"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def table(script, args, rows, device, floor, end):
     total = operations(script, args)
     resolved = script_args(script, args)[1]
     print(f"{script}, {resolved.dataset}, width {args.width}, batch {resolved.batch_size}: "
@@ -186,6 +198,9 @@ def table(script, args, rows, device, floor):
     heads = ("it/s", "images/s", "GFLOP/s", "of floor", "peak GiB", "first 3, s")
     print(" " * 20 + "".join(f"{h:>12s}" for h in heads))
     for row, switches in rows.items():
+        if time.perf_counter() > end:
+            print(f"{row:20s}left out: --limit {args.limit:.0f}", flush=True)
+            continue
         out, err = start(script, args, switches, args.seconds).communicate()
         with contextlib.suppress(json.JSONDecodeError, IndexError):
             result = json.loads(out.splitlines()[-1])
@@ -195,6 +210,8 @@ def table(script, args, rows, device, floor):
                   f"{result['memory']:12.2f}{result['first']:12.1f}", flush=True)
             continue
         print(f"{row:20s}failed: {err.strip().splitlines()[-1]}", flush=True)
+    if time.perf_counter() > end:
+        return
     if script.startswith("gngan"):
         plain, matching = generator_update(script, args, device)
         print(f"G's update: {plain * 1e3:.1f} ms without gradient matching, {matching * 1e3:.1f} ms with: "
@@ -215,7 +232,8 @@ def main():
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, PyTorch {torch.__version__}")
-    floor = {}
+    floor, begin = {}, time.perf_counter()
+    tests = [start_tests(script) for script in args.scripts if args.tests]
     if cuda:
         torch.backends.cuda.matmul.allow_tf32 = True
         floor = {p: matrix_rate(device, d) for p, d in (("tf32", torch.float32), ("bf16", torch.bfloat16))}
@@ -224,9 +242,12 @@ def main():
                      if switches.get("compile")]
         for process in compiling:
             process.communicate()
+    for script, process in zip(args.scripts, tests):
+        print(f"tests of {script} on a GPU: {process.communicate()[0].strip()}", flush=True)
     for script in args.scripts:
-        table(script, args, rows, device, floor)
+        table(script, args, rows, device, floor, begin + args.limit)
+    return max((abs(process.returncode) for process in tests), default=0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
