@@ -10,8 +10,8 @@ al. 2016, whose feature matching MMGAN generalises.
 A discriminator D sees features of real and of generated images. Each set of features is a manifold: a sphere, in the
 Hilbert space of a kernel, with a centroid and a radius (Eq. 3, 4, 7). Each iteration:
 
-    D      tells real from generated, and keeps the two spheres apart (Eq. 10: cross-entropy minus their distance; with
-           --correlation-in-discriminator also minus R_G, as printed there)
+    D      tells real from generated (Eq. 10 as printed also has it keep the two spheres apart, and R_G in its loss:
+           --manifold-in-discriminator, --correlation-in-discriminator)
            the moving averages of both centroids and radii take in the mini-batch's (Algorithm 1)
     G      brings the two averaged spheres together (Eq. 5, 8) and keeps its images' features uncorrelated (Eq. 9)
 

@@ -450,6 +450,14 @@ def test_an_iteration_is_algorithm_1(script, setting, monkeypatch):
     assert_same_course(start, ours, weights(networks), optimizers["generator"].param_groups[0]["lr"])
 
 
+def test_the_hinge_loss_keeps_its_gradient(script):
+    """Slopes drawn to 1 (`--penalty rms`) bring the logits of this test to -100 or 1,000, and G's loss to 0."""
+    _, _, step, _ = setup(script, hinge=True, lr=1e-3, lr_schedule="constant", width=1 / 16)
+    for _ in range(150):
+        losses = step()
+    assert losses["generator"] > 1e-3 and -1 < losses["gradient_penalty"] < -0.5
+
+
 @pytest.mark.parametrize("updates", ["both", "separate", "encoder"])
 def test_what_the_autoencoder_update_trains(script, updates):
     """One Adam a network, or a second one for G; the reconstruction moves G unless E alone is trained."""

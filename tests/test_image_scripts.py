@@ -394,6 +394,8 @@ def test_mmgan_errors(script, given, words, data, tmp_path):
     (["--baseline", "minibatch", "--label-smoothing", "1"], ["--label-smoothing is 1"]),
     (["--baseline", "minibatch", "--features", "map"], ["--baseline has no features"]),
     (["--baseline", "minibatch", "--minibatch-discrimination"], ["leave --minibatch-discrimination out"]),
+    (["--baseline", "minibatch", "--manifold-in-discriminator"], ["--baseline has no manifold in discriminator"]),
+    (["--adam-eps-generator", "0"], ["--adam-eps-generator is 0"]),
     (["--image-size", "36"], ["--image-size is 36", "multiple of 8"]),
 ])
 def test_igan_errors(given, words, data, tmp_path):
