@@ -130,9 +130,9 @@ class Args:
     correlation_in_discriminator: bool = False
     """R_G is part of D's loss too, with a minus, as Eq. 10 has it, by which D learns to let all generated images look
     the same and nothing else; without: G's alone, as section V has it."""
-    features: Literal["pooled", "map"] = "pooled"
-    """What the spheres are of. pooled: the 192 channels of D's last map averaged over the image, as in feature matching
-    [ours]; map: that map flattened [paper, figure 2]."""
+    features: Optional[Literal["map", "pooled"]] = None
+    """What the spheres are of. map: D's last map, flattened; pooled: its 192 channels averaged over the image, as
+    feature matching takes them, by which even real images look much alike. Default: map [paper, figure 2]."""
     baseline: Optional[Literal["minibatch", "feature-matching"]] = None
     """Improved GAN instead of manifolds. minibatch: minibatch discrimination, G's loss is E log(1 - D(G(z)));
     feature-matching: it is the mean absolute difference of D's mean features."""
@@ -184,13 +184,13 @@ class Args:
 
 
 def resolve(args: Args) -> Args:
-    """The arguments with every default filled in that depends on another. The baseline has no kernel and no beta;
-    iterations counted in epochs wait for the data set, see `main`."""
+    """The arguments with every default filled in that depends on another. The baseline has no kernel, beta or
+    features; iterations counted in epochs wait for the data set, see `main`."""
     defaults = {"num_is": 50_000 if args.dataset == "cifar10" else args.num_fake,
                 "generator_steps": 3 if args.baseline == "minibatch" else 1,
                 "adam_eps_generator": args.adam_eps if args.baseline else 1e-8}
     if not args.baseline:
-        defaults |= {"kernel": "exp", "beta": 0.1}
+        defaults |= {"kernel": "exp", "beta": 0.1, "features": "map"}
     return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
 
 
@@ -469,7 +469,7 @@ class Averages(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        dim = max(1, round(192 * args.width)) * (1 if args.features == "pooled" else (args.image_size // 4 - 2) ** 2)
+        dim = max(1, round(192 * args.width)) * ((args.image_size // 4 - 2) ** 2 if args.features == "map" else 1)
         for name, shape in (("centroid_real", (dim,)), ("radius_real", ()), ("centroid_fake", (dim,)),
                             ("radius_fake", ()), ("kernel_width", ())):
             self.register_buffer(name, torch.zeros(shape))
@@ -506,8 +506,8 @@ class History(nn.Module):
 
 
 def matched_features(features: Tensor, args: Args) -> Tensor:
-    """What is matched of D's last maps [B, C, h, w]: channels' means or all values, [B, d]."""
-    return features.mean((2, 3)) if args.features == "pooled" else features.flatten(1)
+    """What is matched of maps [B, C, h, w]: all values, or (in feature matching always) channel means; [B, d]."""
+    return features.flatten(1) if args.features == "map" else features.mean((2, 3))
 
 
 def match_manifolds(args: Args, averages: Averages, y: Tensor, x: Tensor

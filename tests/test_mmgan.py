@@ -371,7 +371,7 @@ def test_historical_averaging():
 def features(script, args, networks, x, noise=None):
     """The features [B, d] that are matched."""
     maps = networks["discriminator"].features(x, *noise or [])
-    return maps.mean((2, 3)) if getattr(args, "features", "map") == "pooled" else maps.flatten(1)
+    return maps.flatten(1) if getattr(args, "features", "map") == "map" else maps.mean((2, 3))
 
 
 @pytest.mark.parametrize("kernel", ["none", "rbf"])
@@ -523,7 +523,7 @@ COMMON = [*({"kernel": k} for k in ("none", *KERNELS)), {"kernel": "rbf", "kerne
             for scale in ("one", "width") for adversarial in (True, False))]
 OWN = {"mmgan_dcgan": [{"kernel": "rbf", "joint_batch": True}, {"baseline": True},
                        {"baseline": True, "generator_steps": 2}],
-       "mmgan_igan": [{"features": "map"}, {"minibatch_discrimination": True}, {"baseline": "feature-matching"},
+       "mmgan_igan": [{"features": "pooled"}, {"minibatch_discrimination": True}, {"baseline": "feature-matching"},
                       {"baseline": "minibatch", "historical_averaging": 100.0},
                       {"baseline": "minibatch", "virtual_batch_norm": False, "label_smoothing": 0.0,
                        "historical_averaging": 0.0}]}
@@ -618,6 +618,7 @@ def test_igan_defaults():
                                  (None, 1e-3, 1e-3)):
         args = script.resolve(script.Args(baseline=baseline, adam_eps_generator=given))
         assert (args.manifold_scale, args.manifold_in_discriminator) == ("width", False)
+        assert args.features == (None if baseline else "map")
         networks = script.init_networks(dataclasses.replace(args, width=0.05), torch.device("cpu"))
         optimizers = script.init_optimizers(args, networks)
         assert {name: o.param_groups[0]["eps"] for name, o in optimizers.items()} == {"discriminator": 1e-4,
