@@ -71,13 +71,34 @@ def scalars(folder, tag):
 
 
 # --------------------------------------------------------------------------------------------------- a whole run
+@pytest.fixture(scope="module")
+def begin(request, data, tmp_path_factory):
+    """A function from a case to its process and its folder, which begins the next two cases as well: each has one
+    thread, and the tests that wait for them have nothing else to do."""
+    cases = [(i.callspec.params["script"], i.callspec.params["setting"]) for i in request.session.items
+             if i.originalname == "test_every_setting_trains"]
+    begun = []
+
+    def take(script, setting):
+        position = cases.index((script, setting))
+        for name, more in cases[len(begun) : position + 3]:
+            folder = tmp_path_factory.mktemp("case")
+            given = arguments(data, folder, "r", "--iterations", 2, "--log-every", 1, *more)
+            begun.append((Process(name, *given), folder / "r"))
+        return begun[position]
+
+    return take
+
+
 @pytest.mark.parametrize("script,setting", CASES)
-def test_every_setting_trains(script, setting, data, tmp_path):
-    run(script, *arguments(data, tmp_path, "r", "--iterations", 2, "--log-every", 1, *setting))
-    metrics = json.loads((tmp_path / "r/args.json").read_text())
+def test_every_setting_trains(script, setting, begin):
+    process, folder = begin(script, setting)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    metrics = json.loads((folder / "args.json").read_text())
     assert metrics["args"]["iterations"] == metrics["resolved"]["iterations"] == 2
-    assert all(math.isfinite(e.value) for e in scalars(tmp_path / "r", "losses/generator"))
-    networks = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["networks"]
+    assert all(math.isfinite(e.value) for e in scalars(folder, "losses/generator"))
+    networks = torch.load(folder / "checkpoint.pt", weights_only=True)["networks"]
     assert all(v.isfinite().all() for v in networks.values())
 
 
