@@ -89,7 +89,8 @@ class Args:
     data_dir: str = "data"
     """Where data sets are kept and downloaded to; with folder, the directory or .zip itself."""
     image_size: Optional[int] = None
-    """Height and width, a multiple of 8. Default: 32; stl10: 48 [paper]."""
+    """Height and width, a multiple of 8; at any but 32 the networks are those for STL-10. Default: 32; stl10: 48
+    [paper]."""
     # model
     width: float = 1.0
     """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
@@ -97,7 +98,7 @@ class Args:
     """Dimensions of z ~ U(-1, 1) [paper; the distribution: authors' code]."""
     # loss
     hinge: bool = False
-    """Eq. 8 instead of Eq. 7 for D."""
+    """Eq. 8 instead of Eq. 7 for D, by default with V_P's sign reversed, see --penalty."""
     neighbor_embedding: bool = True
     """V_R (Eq. 2-6) in the autoencoder's loss; without an autoencoder in G's, on z and G(z) alone (figure 7)."""
     gradient_matching: bool = True
@@ -121,7 +122,7 @@ class Args:
     """falling: alpha goes linearly to 0 between T/2 and 3T/4, as in the authors' Dist-GAN code."""
     penalty: Optional[Literal["l2", "rms", "reversed"]] = None
     """V_P's norm of the logit's gradient: L2 (the formula) or root mean square over pixels (the authors' code).
-    reversed: the latter with a minus before V_P, as the authors' hinge loss has it, so that D's slopes are drawn to 0,
+    reversed: the latter and a minus before V_P, as the authors' hinge loss has it, so that D's slopes are drawn to 0,
     not to 1, at which D's scores saturate and all gradients of the hinge loss end. Default: rms; with --hinge reversed.
     """
     autoencoder_updates: Literal["both", "separate", "encoder"] = "both"
@@ -179,9 +180,14 @@ class BatchNorm(nn.BatchNorm2d):
     told to: by G(z), never by G(E(x)), so that they describe what is sampled."""
 
     def forward(self, x: Tensor, update: bool) -> Tensor:
-        if self.training and not update:
+        if self.training and update:
+            return super().forward(x)
+        if self.training:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        return super().forward(x)
+        count = self.num_batches_tracked  # of a moving average of G 0: that is taken as it is
+        left = torch.where(count > 0, (1 - self.momentum) ** count, 0.0)  # of what they began with, 0 and 1
+        mean, var = self.running_mean / (1 - left), ((self.running_var - left) / (1 - left)).clamp_min(0)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 class Generator(nn.Module):
@@ -341,15 +347,13 @@ def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mi
                      penalty: str = "l2") -> Tensor:
     """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8), of the logit; scalar.
 
-    real, fake [B, C, H, W]; mix [B, 1, 1, 1] from U(0, 1). penalty: l2, or rms: the norm over sqrt(C H W), or reversed:
-    -V_P of the latter, which grows with slopes up to 1 (at 32x32 an L2 norm of 55, which D stays far below).
+    real, fake [B, C, H, W]; mix [B, 1, 1, 1] from U(0, 1). penalty: l2, or rms and reversed: the norm over sqrt(C H W).
     """
     point = mix * real + (1 - mix) * fake
     slope = norm(logit_and_gradient(discriminator, point)[1])
     if penalty != "l2":
         slope = slope / math.sqrt(point[0].numel())
-    value = (slope - 1).square().mean()
-    return -value if penalty == "reversed" else value
+    return (slope - 1).square().mean()
 
 
 def gradient_matching(discriminator: Discriminate, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -491,7 +495,8 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
         if not args.lambda_p:
             return loss, {"discriminator": loss}
         penalty = gradient_penalty(discriminate, x, fake, mix, args.penalty)
-        loss = loss + args.lambda_p * penalty
+        # reversed: -V_P grows with slopes up to 1, at 32x32 an L2 norm of 55, which D stays far below
+        loss = loss + (-args.lambda_p if args.penalty == "reversed" else args.lambda_p) * penalty
         return loss, {"discriminator": loss, "gradient_penalty": penalty}
 
     def generator_objective(x: Tensor, z: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 13
@@ -711,6 +716,8 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
     if paths:
         file, checkpoint = load_checkpoint(paths[0])
         names = {f.name for f in dataclasses.fields(Args)}
+        if args.resume and (odd := sorted(names ^ checkpoint["resolved"].keys())):
+            raise UserError(f"{file} is of a {SCRIPT}.py with other arguments ({', '.join(odd)}): go on with that one")
         # the resolved values, so that a default changed since does not change a run half-way
         saved = Args(**{k: v for k, v in checkpoint["resolved"].items() if k in names})
         args = parse(saved)
@@ -745,13 +752,19 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
                       ("num_real", 2), ("num_fake", 10), ("num_images", 1)):
         if getattr(resolved, name) < low:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be {low} or more")
-    for name in ("lambda_p", "lambda_r", "lambda_m1", "lambda_m2", "alpha", "lr", "width"):
+    for name in ("lambda_p", "lambda_r", "lambda_m1", "lambda_m2", "lr", "width"):
         if not (0 <= getattr(resolved, name) < math.inf) or name in ("lr", "width") and not getattr(resolved, name):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be a number "
                             f"{'above' if name in ('lr', 'width') else 'from'} 0")
     for name in ("alpha", "ema", "beta1", "beta2"):
         if not 0 <= getattr(resolved, name) < 1:
             raise UserError(f"--{name} is {getattr(resolved, name)}: it must be at least 0 and below 1")
+    idle = {"lambda_m1": not resolved.gradient_matching, "lambda_m2": not resolved.gradient_matching,
+            "lambda_r": not (resolved.neighbor_embedding or resolved.distgan), "alpha": not resolved.autoencoder,
+            "alpha_schedule": not resolved.autoencoder, "autoencoder_updates": not resolved.autoencoder}
+    for name, unused in idle.items():
+        if unused and not paths and getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect on this loss: leave it out")
     if resolved.seed >= 2**31:
         raise UserError(f"--seed is {resolved.seed}: it must be below 2**31")
     if resolved.image_size % 8:

@@ -115,7 +115,7 @@ class Args:
     manifold_scale: Literal["one", "width"] = "one"
     """What L_G is multiplied by in G's loss: 1 [paper], or the kernel's width."""
     manifold_in_discriminator: bool = True
-    """L_G is part of D's loss, with a minus [paper: Eq. 6, 10]; without: D's loss is the cross-entropy alone."""
+    """L_G is part of D's loss, with a minus and unscaled [paper: Eq. 6, 10]; without: it is G's alone."""
     delta: float = 0.9
     """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
     correlation_in_discriminator: bool = False
@@ -180,9 +180,14 @@ class BatchNorm(nn.BatchNorm2d):
     told to: once an iteration, however often G is run."""
 
     def forward(self, x: Tensor, update: bool) -> Tensor:
-        if self.training and not update:
+        if self.training and update:
+            return super().forward(x)
+        if self.training:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        return super().forward(x)
+        count = self.num_batches_tracked  # of a moving average of G 0: that is taken as it is
+        left = torch.where(count > 0, (1 - self.momentum) ** count, 0.0)  # of what they began with, 0 and 1
+        mean, var = self.running_mean / (1 - left), ((self.running_var - left) / (1 - left)).clamp_min(0)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 def sides(args: Args) -> list[int]:
@@ -696,8 +701,12 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
     if paths:
         file, checkpoint = load_checkpoint(paths[0])
         names = {f.name for f in dataclasses.fields(Args)}
+        if args.resume and (odd := sorted(names ^ checkpoint["resolved"].keys())):
+            raise UserError(f"{file} is of a {SCRIPT}.py with other arguments ({', '.join(odd)}): go on with that one")
         # the resolved values, so that a default changed since does not change a run half-way
         saved = Args(**{k: v for k, v in checkpoint["resolved"].items() if k in names})
+        if checkpoint["args"].get("num_is") is None:
+            saved = dataclasses.replace(saved, num_is=None)  # it goes with --num-fake, which may be given anew
         args = parse(saved)
         free = set(FREE)
         if saved.lr_schedule == "constant":
@@ -720,14 +729,18 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
         for name in ("kernel", "beta", "kernel_width", "alpha", "delta", "manifold_scale",
                      "manifold_in_discriminator", "correlation_in_discriminator"):
             if getattr(args, name) != getattr(Args, name):
-                raise UserError(f"--baseline has no {name.replace('_', ' ')}: leave --{name.replace('_', '-')} out")
+                flag = f"--{'[no-]' if 'discriminator' in name else ''}{name.replace('_', '-')}"
+                raise UserError(f"--baseline has no {name.replace('_', ' ')}: leave {flag} out")
     elif args.generator_steps != 1:
         raise UserError("--generator-steps is the baseline's: MMGAN's Algorithm 1 has one; leave it out")
     resolved = resolve(args)
-    for flag, kernels in (("alpha", ("none",)), ("kernel_width", ("none", "linear"))):
+    for flag, kernels in (("alpha", ("none",)), ("kernel_width", ("none", "linear")),
+                          ("manifold_scale", ("none", "linear"))):
         if resolved.kernel in kernels and getattr(args, flag) != getattr(Args, flag):
             raise UserError(f"--kernel {resolved.kernel} has no {flag.replace('_', ' ')}: "
                             f"leave --{flag.replace('_', '-')} out")
+    if resolved.beta == 0 and args.correlation_in_discriminator:
+        raise UserError("--beta 0 leaves nothing of R_G: leave --correlation-in-discriminator out")
     for name, low in (("seed", 0), ("iterations", 1), ("epochs", 1), ("batch_size", 2), ("latent_dim", 1),
                       ("image_size", 16), ("generator_steps", 1), ("log_every", 0), ("gradient_every", 0),
                       ("sample_every", 0), ("eval_every", 0), ("checkpoint_every", 0), ("num_real", 2),

@@ -120,11 +120,11 @@ class Args:
     beta: Optional[float] = None
     """Weight of the correlation regulariser R_G; 0: "No R_G". Default: 0.1 [paper]."""
     manifold_scale: Literal["one", "width"] = "width"
-    """What L_G is multiplied by in G's loss: 1 [paper], or the kernel's width, without which its gradient becomes ever
-    smaller while D's features and w grow (here no batch norm holds them), until R_G alone moves G [ours]."""
+    """What L_G is multiplied by in G's loss: 1 [paper], or the kernel's width, by which G's gradient is large when D's
+    features are far apart (here no batch norm holds them) and G has to catch up, as in feature matching [ours]."""
     manifold_in_discriminator: bool = False
-    """L_G is part of D's loss, with a minus [paper: Eq. 6, 10], by which D, here without batch norm, keeps the spheres
-    apart for good; without: D's loss is the cross-entropy alone, as in feature matching [ours]."""
+    """L_G is part of D's loss, with a minus and unscaled [paper: Eq. 6, 10], by which D, here without batch norm, keeps
+    the spheres apart for good; without: it is G's alone, as in feature matching [ours]."""
     delta: float = 0.9
     """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
     correlation_in_discriminator: bool = False
@@ -139,8 +139,8 @@ class Args:
     generator_steps: Optional[int] = None
     """With --baseline: updates of G an iteration. Default: minibatch 3, else 1 [Improved GAN's code]."""
     historical_averaging: float = 1.0
-    """With --baseline minibatch: weight of each network's squared distance from its weights' mean so far; 0: off
-    [Improved GAN's paper, without a weight]."""
+    """With --baseline minibatch: weight of each network's squared distance from its weights' mean so far (not in the
+    losses that are logged); 0: off [Improved GAN's paper, without a weight]."""
     label_smoothing: float = 0.1
     """With --baseline minibatch: real images' target in D's loss is 1 minus this; 0: off [Improved GAN's
     paper]."""
@@ -156,10 +156,10 @@ class Args:
     beta2: float = 0.999
     """Adam's second decay [Improved GAN's code]."""
     adam_eps: float = 1e-4
-    """Adam's epsilon [Improved GAN's code, where it is 1e-8 inside the root]."""
+    """Adam's epsilon, in MMGAN D's alone [Improved GAN's code, where it is 1e-8 inside the root]."""
     adam_eps_generator: Optional[float] = None
-    """The same for G. Default: 1e-8, MMGAN's gradients being small by the averages' 1 - delta [ours]; with --baseline
-    --adam-eps."""
+    """Adam's epsilon for G. Default: 1e-8, MMGAN's gradients being small by the averages' 1 - delta [ours]; with
+    --baseline that of --adam-eps."""
     ema: float = 0.0
     """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
     # logging
@@ -204,15 +204,22 @@ class BatchNorm(nn.BatchNorm2d):
         self.shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, update: bool) -> Tensor:
-        if self.training and not update:
-            x = F.batch_norm(x, None, None, None, None, True, 0.0, self.eps)
-        else:
-            x = super().forward(x)
-        return x + self.shift.to(x.dtype)[:, None, None]
+        return self.normalise(x, update) + self.shift.to(x.dtype)[:, None, None]
+
+    def normalise(self, x: Tensor, update: bool) -> Tensor:
+        if self.training and update:
+            return super().forward(x)
+        if self.training:
+            return F.batch_norm(x, None, None, None, None, True, 0.0, self.eps)
+        count = self.num_batches_tracked  # of a moving average of G 0: that is taken as it is
+        left = torch.where(count > 0, (1 - self.momentum) ** count, 0.0)  # of what they began with, 0 and 1
+        mean, var = self.running_mean / (1 - left), ((self.running_var - left) / (1 - left)).clamp_min(0)
+        return F.batch_norm(x, mean, var, None, None, False, 0.0, self.eps)
 
 
 class VirtualBatchNorm(nn.Module):
-    """Normalises the first `reference` samples by their own statistics, every other by those of them and itself."""
+    """Normalises the first `reference` samples by their own statistics, every other by those of them and itself; it has
+    no running statistics to update."""
 
     def __init__(self, channels: int, reference: int):
         super().__init__()
@@ -308,9 +315,9 @@ class Discriminator(nn.Module):
         self.convs = nn.ModuleList(weight_norm(nn.Conv2d(*shape)) for shape in shapes)
         self.additive = args.baseline == "minibatch"  # Gaussian noise on the images, else dropout
         kernels = max(1, round(100 * args.width))
-        discriminate = args.minibatch_discrimination or args.baseline == "minibatch"
-        self.minibatch = MinibatchDiscrimination(b, kernels) if discriminate else nn.Identity()
-        self.linear = weight_norm(nn.Linear(b + kernels * discriminate, 10), 0.1, train_scale=True)
+        has_layer = args.minibatch_discrimination or args.baseline == "minibatch"
+        self.minibatch = MinibatchDiscrimination(b, kernels) if has_layer else nn.Identity()
+        self.linear = weight_norm(nn.Linear(b + kernels * has_layer, 10), 0.1, train_scale=True)
 
     def features(self, x: Tensor, noise: Optional[list[Tensor]] = None) -> Tensor:
         """The last convolution's map after its activation, [B, 192, 6, 6]."""
@@ -343,7 +350,7 @@ def draw_noise(n: int, args: Args, rng: torch.Generator, device: torch.device) -
         first = torch.randn(n, 3, side, side, device=device, generator=rng) * 0.2
     else:
         first = mask(0.8, 3, side, side)
-    return [first, mask(0.5, a, -(-side // 2), -(-side // 2)), mask(0.5, b, -(-side // 4), -(-side // 4))]
+    return [first, mask(0.5, a, side // 2, side // 2), mask(0.5, b, side // 4, side // 4)]
 
 
 @torch.no_grad()
@@ -874,8 +881,12 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
     if paths:
         file, checkpoint = load_checkpoint(paths[0])
         names = {f.name for f in dataclasses.fields(Args)}
+        if args.resume and (odd := sorted(names ^ checkpoint["resolved"].keys())):
+            raise UserError(f"{file} is of a {SCRIPT}.py with other arguments ({', '.join(odd)}): go on with that one")
         # the resolved values, so that a default changed since does not change a run half-way
         saved = Args(**{k: v for k, v in checkpoint["resolved"].items() if k in names})
+        if checkpoint["args"].get("num_is") is None:
+            saved = dataclasses.replace(saved, num_is=None)  # it goes with --num-fake, which may be given anew
         args = parse(saved)
         free = set(FREE)
         if saved.lr_schedule == "constant":
@@ -898,7 +909,8 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
         for name in ("kernel", "beta", "kernel_width", "alpha", "delta", "manifold_scale",
                      "manifold_in_discriminator", "correlation_in_discriminator", "features"):
             if getattr(args, name) != getattr(Args, name):
-                raise UserError(f"--baseline has no {name.replace('_', ' ')}: leave --{name.replace('_', '-')} out")
+                flag = f"--{'[no-]' if 'discriminator' in name else ''}{name.replace('_', '-')}"
+                raise UserError(f"--baseline has no {name.replace('_', ' ')}: leave {flag} out")
     elif args.generator_steps not in (None, 1):
         raise UserError("--generator-steps is the baseline's: MMGAN's Algorithm 1 has one; leave it out")
     if args.baseline == "minibatch" and args.minibatch_discrimination:
@@ -906,12 +918,16 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[p
     if args.baseline != "minibatch":
         for name in ("virtual_batch_norm", "historical_averaging", "label_smoothing"):
             if getattr(args, name) != getattr(Args, name):
-                raise UserError(f"--{name.replace('_', '-')} is for --baseline minibatch alone: leave it out")
+                flag = f"--{'[no-]' if name == 'virtual_batch_norm' else ''}{name.replace('_', '-')}"
+                raise UserError(f"{flag} is for --baseline minibatch alone: leave it out")
     resolved = resolve(args)
-    for flag, kernels in (("alpha", ("none",)), ("kernel_width", ("none", "linear"))):
+    for flag, kernels in (("alpha", ("none",)), ("kernel_width", ("none", "linear")),
+                          ("manifold_scale", ("none", "linear"))):
         if resolved.kernel in kernels and getattr(args, flag) != getattr(Args, flag):
             raise UserError(f"--kernel {resolved.kernel} has no {flag.replace('_', ' ')}: "
                             f"leave --{flag.replace('_', '-')} out")
+    if resolved.beta == 0 and args.correlation_in_discriminator:
+        raise UserError("--beta 0 leaves nothing of R_G: leave --correlation-in-discriminator out")
     for name, low in (("seed", 0), ("iterations", 1), ("epochs", 1), ("batch_size", 2), ("latent_dim", 1),
                       ("image_size", 16), ("generator_steps", 1), ("log_every", 0), ("gradient_every", 0),
                       ("sample_every", 0), ("eval_every", 0), ("checkpoint_every", 0), ("num_real", 2),

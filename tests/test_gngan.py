@@ -120,7 +120,6 @@ def test_gradient_penalty(script, penalty):
         point = mix[i] * real[i] + (1 - mix[i]) * fake[i]
         slope = per_sample_gradients(discriminator, point[None]).norm()
         total += (slope / (1 if penalty == "l2" else 3) - 1) ** 2 / 5  # 9 pixels
-    total = -total if penalty == "reversed" else total
     value = script.gradient_penalty(discriminator, real, fake, mix, penalty)
     assert value.item() == pytest.approx(total.item(), rel=1e-4)
 
@@ -455,7 +454,7 @@ def test_the_hinge_loss_keeps_its_gradient(script):
     _, _, step, _ = setup(script, hinge=True, lr=1e-3, lr_schedule="constant", width=1 / 16)
     for _ in range(75 if script.SCRIPT == "gngan_resnet" else 150):
         losses = step()
-    assert losses["generator"] > 1e-3 and -1 < losses["gradient_penalty"] < -0.5
+    assert losses["generator"] > 1e-3 and 0.5 < losses["gradient_penalty"] < 1
 
 
 @pytest.mark.parametrize("updates", ["both", "separate", "encoder"])

@@ -384,6 +384,9 @@ def test_errors_are_one_line(script, given, words, data, tmp_path):
     (["--distgan", "--no-autoencoder"], ["--distgan needs its autoencoder"]),
     (["--lambda-p", "-1"], ["--lambda-p is -1"]), (["--alpha", "1"], ["--alpha is 1"]),
     (["--image-size", "36"], ["--image-size is 36", "multiple of 8"]),
+    (["--no-gradient-matching", "--lambda-m1", "2"], ["--lambda-m1 has no effect"]),
+    (["--no-neighbor-embedding", "--lambda-r", "2"], ["--lambda-r has no effect"]),
+    (["--no-autoencoder", "--alpha-schedule", "falling"], ["--alpha-schedule has no effect"]),
 ])
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if s.startswith("gngan")])
 def test_gngan_errors(script, given, words, data, tmp_path):
@@ -400,6 +403,7 @@ def test_gngan_errors(script, given, words, data, tmp_path):
     (["--adam-eps", "0"], ["--adam-eps is 0"]),
     (["--kernel", "none", "--alpha", "0.5"], ["--kernel none has no alpha", "leave --alpha out"]),
     (["--kernel", "linear", "--kernel-width", "2"], ["--kernel linear has no kernel width"]),
+    (["--beta", "0", "--correlation-in-discriminator"], ["leave --correlation-in-discriminator out"]),
 ])
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if s.startswith("mmgan")])
 def test_mmgan_errors(script, given, words, data, tmp_path):
@@ -409,8 +413,8 @@ def test_mmgan_errors(script, given, words, data, tmp_path):
 
 
 @pytest.mark.parametrize("given,words", [
-    (["--baseline", "feature-matching", "--label-smoothing", "0.2"], ["--label-smoothing", "minibatch alone"]),
-    (["--no-virtual-batch-norm"], ["--virtual-batch-norm", "minibatch alone"]),
+    (["--baseline", "feature-matching", "--label-smoothing", "0.2"], ["--label-smoothing is for", "minibatch alone"]),
+    (["--no-virtual-batch-norm"], ["--[no-]virtual-batch-norm", "minibatch alone"]),
     (["--baseline", "minibatch", "--historical-averaging", "-1"], ["--historical-averaging is -1"]),
     (["--baseline", "minibatch", "--label-smoothing", "1"], ["--label-smoothing is 1"]),
     (["--baseline", "minibatch", "--features", "map"], ["--baseline has no features"]),
@@ -450,6 +454,11 @@ def test_resume_errors(straight, data, tmp_path):
     changed.pop("generator.linear.weight")
     check_error(script, ["does not fit", "generator.linear.weight"], "--resume",
                 extended(folder, tmp_path, networks=changed))
+    resolved = torch.load(folder / "checkpoint.pt", weights_only=True)["resolved"]
+    for foreign in (resolved | {"unknown": 1}, {k: v for k, v in resolved.items() if k != "ema"}):
+        odd, = foreign.keys() ^ resolved.keys()
+        check_error(script, ["with other arguments", f"({odd})"], "--resume",
+                    extended(folder, tmp_path, resolved=foreign))
     other = make_data.image_zip(tmp_path / "other.zip", 40, seed=3)
     datasets.load("folder", other, 32)  # so that no progress bar precedes the error
     check_error(script, ["does not hold the images", "--data-dir"], "--resume", folder, "--data-dir", other)
