@@ -121,10 +121,9 @@ class Args:
     alpha_schedule: Literal["constant", "falling"] = "constant"
     """falling: alpha goes linearly to 0 between T/2 and 3T/4, as in the authors' Dist-GAN code."""
     penalty: Optional[Literal["l2", "rms", "reversed"]] = None
-    """V_P's norm of the logit's gradient: L2 (the formula) or root mean square over pixels (the authors' code).
-    reversed: the latter and a minus before V_P, as the authors' hinge loss has it, so that D's slopes are drawn to 0,
-    not to 1, at which D's scores saturate and all gradients of the hinge loss end. Default: rms; with --hinge reversed.
-    """
+    """V_P's norm of the logit's gradient: L2 (the formula) or root mean square over pixels (the authors' code). With
+    reversed also a minus before V_P, as in the authors' hinge loss, so that D's slopes are drawn to 0, not to 1, at
+    which D's scores saturate and all gradients of the hinge loss end. Default: rms; with --hinge reversed."""
     autoencoder_updates: Literal["both", "separate", "encoder"] = "both"
     """The autoencoder's update trains E and G (the paper; with one Adam for both updates of G), E and G with moments of
     G's own for it (separate), or E alone (the authors' code)."""
