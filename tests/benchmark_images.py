@@ -233,11 +233,12 @@ def main():
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, PyTorch {torch.__version__}")
     floor, begin = {}, time.perf_counter()
-    tests = [start_tests(script) for script in args.scripts if args.tests]
     if cuda:
         torch.backends.cuda.matmul.allow_tf32 = True
         floor = {p: matrix_rate(device, d) for p, d in (("tf32", torch.float32), ("bf16", torch.bfloat16))}
         print(", ".join(f"matrix product in {p}: {r / 1e12:.0f} TFLOP/s" for p, r in floor.items()), flush=True)
+    tests = [start_tests(script) for script in args.scripts if args.tests]  # after the floor, which they would disturb
+    if cuda:
         compiling = [start(script, args, switches, 0) for script in args.scripts for switches in rows.values()
                      if switches.get("compile")]
         for process in compiling:
