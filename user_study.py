@@ -1,0 +1,439 @@
+"""The user study of "MMGAN: Manifold-Matching Generative Adversarial Network" (Park et al. 2018), table I: a web page
+on which people mark the images that they take for fake.
+
+    python user_study.py --real data/MNIST --fake dcgan=dcgan.npy --fake "mmgan rbf=runs/x/generated"
+    python user_study.py --real cifar10 --fake dcgan=x.npy --host 0.0.0.0     # also for others, over plain http
+    python user_study.py --tally study.db --csv table.csv --chart table.png   # table I
+
+Every participant sees --per-method images of each method and as many real ones, in an order of their own. Each page
+holds equally many of each, so that a page counts as soon as it is sent, whether or not the next ones follow.
+
+A source of images is a folder or .zip of images, a uint8 .npy [N, H, W, C] or [N, H, W], an idx3 file, or a data set's
+name (mnist, celeba, cifar10, stl10) with --data-dir. Generated ones come from the other scripts' --generate.
+"""
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import pathlib
+import random
+import secrets
+import sqlite3
+import threading
+import zipfile
+from dataclasses import dataclass
+from typing import Annotated, Optional
+
+import flask
+import jinja2
+import numpy as np
+import tyro
+import waitress
+from PIL import Image
+from werkzeug.exceptions import HTTPException
+
+from common import UserError, datasets, reason, run, write_atomically
+
+SCRIPT = pathlib.Path(__file__).stem
+DATASETS = {"mnist": 28, "cifar10": 32, "stl10": 48, "celeba": 64}  # height and width in the papers
+PAPER = {"real": (14.0, 4.0), "dcgan": (38.2, 75.3), "mmgan rbf": (32.4, 77.0), "mmgan exp": (35.4, 73.3),
+         "mmgan no rg": (45.5, 76.6)}  # table I: per cent of MNIST's and CelebA's images taken for fake, over 30 people
+COLUMNS = ("method", "share", "low", "high", "participants", "votes", "paper_mnist", "paper_celeba")
+
+
+# ----------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # images
+    real: Optional[str] = None
+    """Source of the real images. Folders, .zip files, celeba and stl10 are resized to the fake images' size."""
+    fake: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=SOURCE, once for each method. The table has the paper's figures for the names dcgan, "mmgan rbf",
+    "mmgan exp" and "mmgan no rg"."""
+    data_dir: str = "data"
+    """Where data sets are kept and downloaded to."""
+    # study
+    db: str = "study.db"
+    """The SQLite file of the votes. An interrupted study goes on with the same file."""
+    per_method: int = 10
+    """Images of each method, and real ones, that a participant sees on all pages together."""
+    pages: int = 4
+    """Pages that these images are spread over."""
+    max_participants: int = 1000
+    """After so many have begun, nobody else can."""
+    passkey: Optional[str] = None
+    """Whoever types it in on the first page makes a trial run, which is not counted. Default: random, printed."""
+    # page
+    zoom: Optional[int] = None
+    """Screen pixels per image pixel. Default: images are about 112 pixels wide."""
+    host: str = "127.0.0.1"
+    """127.0.0.1: this machine alone; 0.0.0.0: others too, over plain http, which the network between can read."""
+    port: int = 8000
+    """The port to serve at."""
+    # tally
+    tally: Optional[str] = None
+    """A study's SQLite file: print its table; serve nothing. The study may still be running."""
+    csv: Optional[str] = None
+    """With --tally: also write the table to this .csv."""
+    chart: Optional[str] = None
+    """With --tally: also draw the shares and their intervals to this .png."""
+
+
+# -------------------------------------------------------------------------------------------------------- images
+def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.ndarray:
+    """A source's images, uint8 [N, H, W, C] over a memory map, so that only those shown are read.
+
+    size: what folders, .zip files, celeba and stl10 are resized to. Default: the first image's or the paper's.
+    """
+    def load(*where) -> np.ndarray:
+        return datasets.load(*where).numpy().transpose(0, 2, 3, 1)
+
+    path = pathlib.Path(source)
+    if source in DATASETS:
+        return load(source, data_dir, source in ("celeba", "stl10") and size or DATASETS[source])
+    for folder in (path, path / "raw", path / "MNIST" / "raw"):
+        if any(folder.glob("train-images-idx3-ubyte*")):
+            return load("mnist", folder, 28)
+    if path.is_dir() or zipfile.is_zipfile(path):
+        return load("folder", path, size or first_size(path))
+    try:
+        if path.suffix == ".npy":
+            images = np.load(path, mmap_mode="r")
+        else:
+            magic, *shape = np.fromfile(path, ">i4", 4).tolist()
+            if magic != 0x803:
+                raise ValueError("not an idx3 file")
+            images = np.memmap(path, np.uint8, "r", 16, tuple(shape))
+        images = images[..., None] if images.ndim == 3 else images
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise ValueError(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 1 or 3]")
+    except (OSError, EOFError, ValueError, OverflowError) as error:  # a cut file: the map's ValueError
+        raise UserError(f"cannot read {source}: {reason(error)}; give a folder, .zip, .npy or idx3 file, or "
+                        f"one of {', '.join(DATASETS)}") from None
+    return images
+
+
+def first_size(path: pathlib.Path) -> int:
+    """The shorter side of the first image in a folder or .zip."""
+    archive = None if path.is_dir() else zipfile.ZipFile(path)
+    for name in sorted(archive.namelist() if archive else path.rglob("*")):
+        with contextlib.suppress(Exception):  # no image, or a damaged one, which load() will name
+            return min(Image.open(io.BytesIO(archive.read(name)) if archive else name).size)
+    raise UserError(f"no images in {path}")
+
+
+def open_sources(args: Args) -> dict[str, np.ndarray]:
+    """Real and fake images by method, all of one size, since another size would tell the method."""
+    if args.real is None or not args.fake or args.csv or args.chart:
+        raise UserError("give --real SOURCE and --fake NAME=SOURCE; or --tally FILE, with or without --csv and --chart")
+    named = {name: source for name, _, source in (entry.partition("=") for entry in args.fake)}
+    if not all(named) or not all(named.values()) or len({*named, "real"}) <= len(args.fake):
+        raise UserError(f"--fake {' '.join(args.fake)}: write NAME=SOURCE, each name once and none of them real")
+    fakes = {name: open_images(source, args.data_dir) for name, source in named.items()}
+    first, (_, height, width, _) = next((name, images.shape) for name, images in fakes.items())
+    sources = {"real": open_images(args.real, args.data_dir, height), **fakes}
+    for name, images in sources.items():
+        if images.shape[1:3] != (height, width):
+            raise UserError(f"all images must have one size: those of {name} are {images.shape[1]}x{images.shape[2]}, "
+                            f"those of {first} {height}x{width}")
+        if len(images) < args.per_method:
+            raise UserError(f"{name} has {len(images)} images: lower --per-method {args.per_method}")
+    return sources
+
+
+def encode(image: np.ndarray) -> str:
+    """An image [H, W, C] as a PNG in base64: always RGB and uncompressed, so that the length depends on H and W alone.
+    Compressed, a blurred image would be shorter."""
+    file, rgb = io.BytesIO(), np.broadcast_to(image, (*image.shape[:2], 3))
+    Image.fromarray(np.ascontiguousarray(rgb)).save(file, "PNG", compress_level=0)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+# --------------------------------------------------------------------------------------------------------- votes
+SCHEMA = """
+PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+CREATE TABLE IF NOT EXISTS study (settings TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS showings (token TEXT PRIMARY KEY, participant TEXT NOT NULL, trial INTEGER NOT NULL,
+    number INTEGER NOT NULL, page TEXT NOT NULL, method TEXT NOT NULL, image INTEGER NOT NULL, fake INTEGER, sent TEXT);
+CREATE INDEX IF NOT EXISTS of_participant ON showings (participant);
+"""  # a row for each image that a participant is to see; its page is unfinished while fake is NULL
+
+
+def assign(counts: dict[str, int], per_method: int, pages: int) -> list[list[tuple[str, int]]]:
+    """A participant's pages of (method, image): equally many of each method on a page, no image twice, shuffled."""
+    draw = random.SystemRandom()
+    chosen = {method: draw.sample(range(count), per_method) for method, count in counts.items()}
+    layout = [[(method, image) for method, images in chosen.items() for image in images[page::pages]]
+              for page in range(pages)]
+    return [draw.sample(page, len(page)) for page in layout]
+
+
+class Study:
+    """The SQLite file. What `start` and `submit` write is one transaction each, on the disk when they return."""
+
+    def __init__(self, args: Args, counts: dict[str, int]):
+        self.args, self.counts = args, counts
+        self.lock = threading.Lock()  # of the one connection; SQLite writes one transaction at a time in any case
+        settings = json.dumps({"images": counts, "per_method": args.per_method, "pages": args.pages})
+        try:
+            self.db = sqlite3.connect(args.db, isolation_level="IMMEDIATE", check_same_thread=False)
+            self.db.executescript(SCHEMA)
+            with self.db:
+                self.db.execute("INSERT INTO study SELECT ? WHERE NOT EXISTS (SELECT * FROM study)", (settings,))
+            saved, = self.db.execute("SELECT settings FROM study").fetchone()
+        except sqlite3.Error as error:
+            raise UserError(f"cannot keep votes in {args.db}: {error}; give another --db") from None
+        if saved != settings:
+            raise UserError(f"{args.db} is of another study ({saved}, here {settings}): give another --db")
+
+    def start(self, trial: bool) -> Optional[str]:
+        """A new participant's token. None: there are enough participants."""
+        participant, token = secrets.token_urlsafe(), secrets.token_urlsafe
+        rows = [(token(), participant, trial, number, page, *showing)
+                for number, showings in enumerate(assign(self.counts, self.args.per_method, self.args.pages))
+                for page in [token()] for showing in showings]
+        with self.lock, self.db as db:
+            begun, = db.execute("SELECT COUNT(DISTINCT participant) FROM showings WHERE NOT trial").fetchone()
+            if begun >= self.args.max_participants and not trial:
+                return None
+            db.executemany("INSERT INTO showings VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL)", rows)
+        return participant
+
+    def page(self, participant: str) -> Optional[tuple[int, str, list[tuple[str, str, int]]]]:
+        """The first page not sent yet: number, token, and of each image token, method, image. None: there is none."""
+        with self.lock:
+            rows = self.db.execute("SELECT number, page, token, method, image FROM showings WHERE participant = ? AND "
+                                   "fake IS NULL ORDER BY rowid", (participant,)).fetchall()
+        return (*rows[0][:2], [row[2:] for row in rows if row[0] == rows[0][0]]) if rows else None
+
+    def submit(self, participant: str, page: str, fake: list[str]) -> bool:
+        """Store which images of a page were taken for fake. A page that is sent again keeps its first votes. False, and
+        nothing stored: the page is not the participant's, or an image not the page's."""
+        with self.lock, self.db as db:
+            shown = {token for token, in db.execute("SELECT token FROM showings WHERE participant = ? AND page = ?",
+                                                    (participant, page))}
+            db.executemany("UPDATE showings SET fake = ?, sent = datetime() WHERE token = ? AND fake IS NULL",
+                           [(token in fake, token) for token in shown if shown.issuperset(fake)])
+        return bool(shown) and shown.issuperset(fake)
+
+    def result(self, participant: str) -> tuple[Optional[int], ...]:
+        """A participant's trial, fakes shown, fakes marked, reals shown, reals marked. All None: there is none."""
+        with self.lock:
+            return self.db.execute(
+                "SELECT MAX(trial), SUM(method != 'real'), SUM(method != 'real' AND fake), SUM(method = 'real'), "
+                "SUM(method = 'real' AND fake) FROM showings WHERE participant = ?", (participant,)).fetchone()
+
+
+# ---------------------------------------------------------------------------------------------------------- page
+TEMPLATES = {"base.html": """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><style>
+:root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --text: #1d1f23; --soft: #595e67; --line: #c3c7cd;
+        --fake: #b3261e; --act: #1f5fbf; accent-color: var(--act) }
+@media (prefers-color-scheme: dark) { :root { --page: #16181c; --card: #24272d; --text: #eceef1; --soft: #b0b6c0;
+        --line: #4a4f58; --fake: #ff8a80; --act: #8ab8ff } }
+* { box-sizing: border-box } :focus-visible { outline: 3px solid var(--act); outline-offset: 4px }
+body { margin: 0; background: var(--page); color: var(--text); font: 1.0625rem/1.5 system-ui, sans-serif }
+main { max-width: 62rem; margin: 0 auto; padding: 1.25rem 1rem 2.5rem } .text { max-width: 38rem; padding-top: 12vh }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem } p { margin: 0 0 1rem } details { color: var(--soft) }
+.progress { display: flex; gap: .8rem; color: var(--soft); margin-bottom: 1rem } progress { flex: 1; height: 1.5rem }
+fieldset { border: 0; margin: 0 0 1.5rem; padding: 0; min-width: 0; display: grid; gap: 10px;
+           grid-template-columns: repeat(auto-fill, min(100%, {{ width }}px)) }
+legend, [formmethod] { position: absolute; clip-path: inset(50%) } svg { height: 1.2rem; fill: currentColor }
+.image { position: relative; border-radius: 8px; background: var(--card); box-shadow: 0 0 0 1px var(--line) }
+.image img { display: block; width: 100%; height: auto; border-radius: 8px 8px 0 0; image-rendering: pixelated }
+.image input { appearance: none; position: absolute; inset: 0; margin: 0; border-radius: 8px; cursor: pointer }
+.image span { display: flex; justify-content: center; gap: .4rem; padding: .3rem; line-height: 1.25rem;
+              color: var(--soft); font-size: .95rem; border-radius: 0 0 8px 8px }
+.image input:checked { box-shadow: 0 0 0 3px var(--fake) } .image input:hover ~ span { color: var(--fake) }
+.image input:checked ~ span { background: var(--fake); color: var(--page); font-weight: 600 }
+button { font: inherit; font-weight: 600; padding: .7rem 1.6rem; border: 0; border-radius: 8px; cursor: pointer;
+         background: var(--act); color: var(--page); min-width: min(100%, 14rem) }
+</style></head><body><main class="{{ kind }}"><h1>{{ title }}</h1>{% block main %}{% endblock %}</main></body>""",
+
+"text.html": """{% extends "base.html" %}{% block main %}{% for line in lines %}<p>{{ line }}</p>{% endfor %}
+{% if start %}<form method="post" action="/start"><p><button>Start</button></p><details><summary>Trial run</summary>
+<label>Passkey (not counted) <input name="passkey" size="10"></label></details></form>{% endif %}{% endblock %}""",
+
+"page.html": """{% extends "base.html" %}{% block main %}<p>Click each image that you think was made by a computer.</p>
+<div class="progress"><span id="where">Page {{ number + 1 }} of {{ pages }}</span>
+<progress max="{{ pages }}" value="{{ number }}" aria-labelledby="where"></progress></div>
+<form method="post" autocomplete="off"><button formmethod="dialog" tabindex="-1" aria-hidden="true">
+</button>{# the form's default button, which Enter on an image presses: outside a dialog it does nothing #}
+<fieldset><legend>Images that you think are fake</legend>{% for token, png in images %}
+<label class="image"><input type="checkbox" name="fake" value="{{ token }}"><img src="data:image/png;base64,{{ png }}"
+alt="image {{ loop.index }} of {{ loop.length }}"><span><svg viewBox="0 0 24 24" aria-hidden="true"><path
+d="M17 3h4v12h-4zM15 3H5L2 11v5h8l-1 6 2 1 4-7z"/></svg>fake</span></label>{% endfor %}</fieldset>
+<button>{{ "Send and finish" if number + 1 == pages else "Send and go on" }}</button>
+{#- last, so that a form that was cut lacks it #}<input type="hidden" name="page" value="{{ token }}"></form>
+{% endblock %}"""}
+
+
+def create_app(study: Study, sources: dict[str, np.ndarray]) -> flask.Flask:
+    """The web pages. Images are inside their page: no address, header or moment of loading differs between them."""
+    app = flask.Flask(SCRIPT, static_folder=None)
+    app.jinja_loader = jinja2.DictLoader(TEMPLATES)
+    app.config["MAX_CONTENT_LENGTH"] = 2**20
+    args, width = study.args, sources["real"].shape[2]
+
+    def text(title: str, *lines: str, start: bool = False) -> str:
+        return flask.render_template("text.html", kind="text", title=title, lines=lines, start=start)
+
+    def participant() -> str:
+        return flask.request.cookies.get("participant", "")
+
+    @app.get("/")
+    def show():
+        if page := study.page(participant()):
+            number, token, showings = page
+            images = [(name, encode(sources[method][image])) for name, method, image in showings]
+            return flask.render_template("page.html", title="Which images are fake?", number=number, pages=args.pages,
+                                         token=token, images=images,
+                                         width=width * (args.zoom or max(1, round(112 / width))))
+        trial, fakes, marked, reals, mistaken = study.result(participant())
+        if trial is None:
+            return text("Which images are fake?", "Some of the images that you will see are real, others were made by "
+                        f"a computer. Mark those that you think are fake, then send the page. Pages: {args.pages}.",
+                        "Please take part once only. Your votes are stored without your name.", start=True)
+        right, shown = marked + reals - mistaken, fakes + reals
+        return text("Thank you", f"You were right about {right} of {shown} images ({100 * right / shown:.0f}%).",
+                    f"You marked {marked} of {fakes} fake images, and took {mistaken} of {reals} real ones for fake.",
+                    "This was a trial run. To take part, start again." if trial else "You can close this page.",
+                    start=bool(trial))
+
+    @app.post("/start")
+    def start():
+        key = flask.request.form.get("passkey", "").strip()
+        if key not in ("", args.passkey):
+            return text("Wrong passkey", "Leave it empty to take part in the study.", start=True), 400
+        token = study.start(trial=bool(key))
+        if token is None:
+            return text("The study is complete", "Enough people have taken part. Thank you all the same."), 403
+        response = flask.redirect("/", 303)
+        response.set_cookie("participant", token, max_age=90 * 86400, httponly=True, samesite="Lax")
+        return response
+
+    @app.post("/")
+    def submit():
+        if not study.submit(participant(), flask.request.form["page"], flask.request.form.getlist("fake")):
+            flask.abort(400)
+        return flask.redirect("/", 303)
+
+    @app.errorhandler(HTTPException)
+    def refuse(error):
+        if error.code >= 500:
+            return text("Not stored", "The server failed. Reload this page to send it again."), 500
+        status = 400 if flask.request.method == "POST" else error.code
+        return text("Not valid", "Nothing was stored. Go back to your page and send it again."), status
+
+    @app.after_request
+    def headers(response):
+        response.headers.update({"Cache-Control": "no-store", "Content-Security-Policy": "default-src 'none'; img-src "
+                                 "data:; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'"})
+        return response
+
+    return app
+
+
+def serve(app: flask.Flask, args: Args) -> None:
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # else a line for each request that waits for a thread
+    try:
+        server = waitress.create_server(app, host=args.host, port=args.port, threads=8)
+    except (OSError, OverflowError, ValueError) as error:
+        raise UserError(f"cannot serve at {args.host}:{args.port}: {reason(error)}; give another --port") from None
+    print(f"the study is at http://{args.host}:{server.effective_port}; passkey for trial runs: {args.passkey}; "
+          f"table: --tally {args.db}; Ctrl-C ends it", flush=True)
+    server.run()
+
+
+# --------------------------------------------------------------------------------------------------------- tally
+def bootstrap(fake: np.ndarray, shown: np.ndarray, resamples: int = 10_000) -> np.ndarray:
+    """95% intervals of each method's share of images taken for fake, [2, M]: low, high.
+
+    fake, shown: votes and images of each participant and method, [P, M]. Participants are resampled, not votes, because
+    those of one participant depend on each other.
+    """
+    people = len(fake)
+    times = np.random.default_rng(0).multinomial(people, np.full(people, 1 / people), resamples)  # [resamples, P]
+    return np.quantile(times @ fake / (times @ shown), [0.025, 0.975], axis=0)
+
+
+def tally(path: str) -> tuple[list[dict], str]:
+    """The table's rows (last the paper's methods that the study lacks), and a line of what was counted."""
+    try:
+        with contextlib.closing(sqlite3.connect(pathlib.Path(path).absolute().as_uri() + "?mode=rw", uri=True)) as db:
+            methods = list(json.loads(db.execute("SELECT settings FROM study").fetchone()[0])["images"])
+            votes = db.execute("SELECT participant, method, SUM(fake), COUNT(*) FROM showings WHERE NOT trial AND "
+                               "fake IS NOT NULL GROUP BY participant, method").fetchall()
+            skipped = db.execute("SELECT COUNT(DISTINCT participant) FILTER (WHERE trial), COUNT(DISTINCT page) FILTER "
+                                 "(WHERE NOT trial AND fake IS NULL) FROM showings").fetchone()
+    except (sqlite3.Error, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}; give --tally the --db of a study") from None
+    summary = f"not counted: {skipped[0]} trial runs, {skipped[1]} unfinished pages"
+    if not votes:
+        raise UserError(f"{path} has no votes yet ({summary})")
+    people = sorted({participant for participant, *_ in votes})
+    fake, shown = np.zeros((2, len(people), len(methods)), int)  # [P, M]
+    for participant, method, marked, count in votes:
+        at = people.index(participant), methods.index(method)
+        fake[at], shown[at] = marked, count
+    columns = (methods, fake.sum(0) / shown.sum(0), *bootstrap(fake, shown), [len(people)] * len(methods), shown.sum(0))
+    rows = [dict(zip(COLUMNS, row)) for row in zip(*columns)] + [{"method": m} for m in PAPER if m not in methods]
+    for row in rows:
+        row |= {f"paper_{name}": p / 100 for name, p in zip(("mnist", "celeba"), PAPER.get(row["method"], ()))}
+    return rows, f"{len(people)} participants, {shown.sum():,} votes; {summary}"
+
+
+def table(rows: list[dict]) -> str:
+    lines = [("taken for fake", "share", "95% interval", "participants", "votes", "paper: MNIST", "CelebA")]
+    for row in rows:
+        r = {key: f"{100 * v:.1f}%" if isinstance(v, float) else str(v) for key, v in row.items()}
+        r["interval"] = f"{r['low']} to {r['high']}" if "low" in r else "-"
+        lines.append([r.get(key, "-") for key in ("method", "share", "interval", *COLUMNS[4:])])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+
+
+def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *([row.get(column) for column in COLUMNS] for row in rows)])
+
+
+def draw_chart(path: pathlib.Path, rows: list[dict]) -> None:
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, whose module is missing here, makes the import fail
+    from matplotlib.figure import Figure
+    rows = [r for r in rows if "share" in r]
+    share, low, high = (100 * np.array([r[key] for r in rows]) for key in ("share", "low", "high"))
+    figure = Figure(figsize=(1.5 + 1.1 * len(rows), 3.6), layout="constrained")
+    axis = figure.subplots()
+    axis.bar([r["method"] for r in rows], share, 0.6, yerr=(share - low, high - share), capsize=5, color="#7aa3dc")
+    axis.set(ylabel="images taken for fake (%)", title=f"{rows[0]['participants']} participants, 95% intervals")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    for name, low in (("pages", 1), ("per_method", args.pages), ("max_participants", 1), ("zoom", 1), ("port", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be {low} or more")
+    if args.tally:
+        rows, summary = tally(args.tally)
+        print(f"{table(rows)}\n{summary}")
+        for path, write in ((args.csv, write_csv), (args.chart, draw_chart)):
+            if path:
+                write_atomically(pathlib.Path(path), lambda temporary: write(temporary, rows))
+        return 0
+    sources = open_sources(args)
+    args.passkey = args.passkey or secrets.token_hex(3).upper()
+    serve(create_app(Study(args, {name: len(images) for name, images in sources.items()}), sources), args)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
