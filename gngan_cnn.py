@@ -11,52 +11,52 @@ An encoder E, a generator G and a discriminator D. Each iteration draws one mini
     D      tells x (and, as a little share of the reals, G(E(x))) from G(z), under a gradient penalty (Eq. 7 or 8)
     G      matches D's mean score of x and G(z), and how steep D is around both (Eq. 13)
 
-What to expect: see README.md, "GN-GAN on images".
+What to expect: docs/gngan.md.
 """
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported ends without a traceback
 
 import contextlib
 import copy
 import dataclasses
-import fcntl
+import functools
 import json
 import math
 import os
 import pathlib
-import platform
-import shutil
-import signal
 import sys
-import sysconfig
 import time
-import zlib
+import warnings
 from dataclasses import dataclass
-from typing import Callable, Iterator, Literal, Optional
+from typing import Annotated, Callable, Literal, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import UserError, datasets, reason, write_atomically
+import common
+from common import UserError, datasets
 
 SCRIPT = pathlib.Path(__file__).stem
+SHOWN = (("AE", "autoencoder"), ("D", "discriminator"), ("G", "generator"))  # the progress bar's losses
 Discriminate = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> logits [B]
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
 @dataclass
-class Args:
-    # run
+class RunArgs:
     seed: int = 1
     """Of the initial weights, the order of the data and every draw."""
-    iterations: Optional[int] = None
-    """Updates of G. Default: 350,000; 200,000 with --hinge [paper]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -64,9 +64,7 @@ class Args:
     compile: bool = False
     """torch.compile the losses (a minute or more at the start)."""
     cuda_graph: bool = True
-    """On a GPU: capture one iteration as a CUDA graph and replay it. Without effect on a CPU."""
-    channels_last: bool = True
-    """Keep images and weights in the channels-last layout, in which most convolutions are faster."""
+    """On a GPU: capture one iteration as a CUDA graph and replay it. Without effect on a CPU and under torchrun."""
     deterministic: bool = False
     """On a GPU: deterministic algorithms only, so that a resumed run repeats bit for bit (a CPU always does)."""
     run_dir: str = "runs"
@@ -74,7 +72,8 @@ class Args:
     run_name: Optional[str] = None
     """The run folder's name. Default: {dataset}__{script}__{seed}__{time}."""
     resume: Optional[str] = None
-    """A run folder or its checkpoint.pt: goes on there, with the arguments saved in it."""
+    """A run folder or its checkpoint.pt: go on there, with the arguments saved in it. auto: go on in --run-name's
+    folder if it has a checkpoint, else start it."""
     evaluate: Optional[str] = None
     """A run folder, checkpoint.pt or generator.pt: print its scores as one line of JSON; train nothing."""
     generate: Optional[str] = None
@@ -82,23 +81,34 @@ class Args:
     num_images: int = 64
     """With --generate: how many."""
     out: str = "generated"
-    """With --generate: a folder for PNGs, or x.npy for one uint8 array [N, H, W, C]."""
-    # data
+    """With --generate: a folder for PNGs, x.png for one grid, or x.npy for one uint8 array [N, H, W, C]."""
+
+
+@dataclass
+class DataArgs:
     dataset: Literal["cifar10", "stl10", "folder"] = "cifar10"
     """folder: a directory (recursive) or .zip of images, centre-cropped to squares and resized to --image-size."""
     data_dir: str = "data"
     """Where data sets are kept and downloaded to; with folder, the directory or .zip itself."""
     image_size: Optional[int] = None
-    """Height and width, a multiple of 8; at any but 32 the networks are those for STL-10. Default: 32; stl10: 48
-    [paper]."""
-    # model
+    """Height and width, a multiple of 8; the networks are those for STL-10 unless it is 32. Default: 32; stl10: 48
+    as in the paper."""
+
+
+@dataclass
+class ModelArgs:
     width: float = 1.0
     """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
     latent_dim: int = 128
     """Dimensions of z ~ U(-1, 1) [paper; the distribution: authors' code]."""
-    # loss
+    ema: float = 0.0
+    """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
+
+
+@dataclass
+class LossArgs:
     hinge: bool = False
-    """Eq. 8 instead of Eq. 7 for D, by default with V_P's sign reversed, see --penalty."""
+    """Eq. 8 instead of Eq. 7 for D."""
     neighbor_embedding: bool = True
     """V_R (Eq. 2-6) in the autoencoder's loss; without an autoencoder in G's, on z and G(z) alone (figure 7)."""
     gradient_matching: bool = True
@@ -118,55 +128,76 @@ class Args:
     """Weight of the inner products' term of Eq. 13 [paper]."""
     alpha: float = 0.05
     """Share of the reconstructions among the reals of Eq. 7 [paper]."""
-    alpha_schedule: Literal["constant", "falling"] = "constant"
-    """falling: alpha goes linearly to 0 between T/2 and 3T/4, as in the authors' Dist-GAN code."""
-    penalty: Optional[Literal["l2", "rms", "reversed"]] = None
-    """V_P's norm of the logit's gradient: L2 (the formula) or root mean square over pixels (the authors' code). With
-    reversed also a minus before V_P, as in the authors' hinge loss, so that D's slopes are drawn to 0, not to 1, at
-    which D's scores saturate and all gradients of the hinge loss end. Default: rms; with --hinge reversed."""
+    penalty: Literal["auto", "score", "l2", "rms", "reversed"] = "auto"
+    """Whose gradient V_P holds at norm 1. score: the sigmoid score's, D as in the paper. l2: the logit's. rms: the
+    logit's by root mean square over pixels, as in the authors' code. reversed: rms with a minus before V_P, as in their
+    hinge loss. auto: rms; with --hinge reversed."""
     autoencoder_updates: Literal["both", "separate", "encoder"] = "both"
     """The autoencoder's update trains E and G (the paper; with one Adam for both updates of G), E and G with moments of
     G's own for it (separate), or E alone (the authors' code)."""
-    # optimisation
+
+
+@dataclass
+class OptimisationArgs:
+    iterations: Optional[int] = None
+    """Updates of G. Default: 350,000; 200,000 with --hinge [paper]."""
     batch_size: int = 64
-    """Images a mini-batch [paper]."""
-    lr: float = 2e-4
+    """Images a mini-batch, over all processes of torchrun [paper]."""
+    lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 2e-4
     """Adam's learning rate [paper]."""
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    """linear: times max(0, min(1 - t/T, 0.5)), as in the authors' ResNet code."""
     beta1: float = 0.5
     """Adam's first decay [paper]."""
     beta2: float = 0.9
     """Adam's second decay [paper]."""
-    ema: float = 0.0
-    """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
-    # logging
+
+
+@dataclass
+class LoggingArgs:
     log_every: int = 100
     """Iterations between lines in TensorBoard; 0: none."""
+    gradient_every: int = 1000
+    """Iterations between measurements of each term's gradient to G (TensorBoard: gradients/*); 0: none."""
     sample_every: int = 5000
     """Iterations between grids of samples; 0: none."""
     eval_every: int = 10000
     """Iterations between evaluations (and one at the end); 0: none, and no Inception weights needed."""
     checkpoint_every: int = 1000
-    """Iterations between checkpoints; 0: only at the end and on SIGINT or SIGTERM."""
-    num_real: int = 10000
-    """Real images for FID [authors' code]."""
+    """Iterations between checkpoints; 0: only at the start, at the end, before an evaluation and on a signal."""
+    num_real: Optional[int] = None
+    """Real images for FID. Default: 10,000 [authors' code], or all if there are fewer."""
     num_fake: int = 5000
     """Generated images for FID and the Inception Score [authors' code]."""
     inception_weights: Optional[str] = None
-    """torch-fidelity's Inception weights; default: downloaded once."""
+    """A file of torch-fidelity's Inception weights. Default: downloaded once."""
+
+
+@dataclass
+class Args(RunArgs, DataArgs, ModelArgs, LossArgs, OptimisationArgs, LoggingArgs):
+    """Every flag, in the groups of --help."""
 
 
 def resolve(args: Args) -> Args:
     """The arguments with every default filled in that depends on another, and Dist-GAN's switches."""
-    if args.distgan:
-        args = dataclasses.replace(args, neighbor_embedding=False, gradient_matching=False)
     defaults = {"iterations": 200_000 if args.hinge else 350_000, "image_size": 48 if args.dataset == "stl10" else 32,
                 "lambda_p": 1.0 if args.autoencoder else 0.0, "penalty": "reversed" if args.hinge else "rms"}
-    return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    chosen = {k: v for k, v in defaults.items() if getattr(args, k) in (None, "auto")}
+    if args.distgan:
+        chosen |= {"neighbor_embedding": False, "gradient_matching": False}
+    return dataclasses.replace(args, **chosen)
 
 
 # ------------------------------------------------------------------------------------------------------ networks
+def autocast(forward: Callable) -> Callable:
+    """A network's method, run in bf16 where its `bf16` is set. Each call is a region of its own, since a region keeps
+    bf16 copies of the weights, which an update would leave behind."""
+    @functools.wraps(forward)
+    def wrapped(network: nn.Module, x: Tensor, *rest) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=network.bf16):
+            return forward(network, x, *rest)
+
+    return wrapped
+
+
 def leaky_relu(x: Tensor, slope: float) -> Tensor:
     """Leaky ReLU whose second derivative autograd knows to be zero: F.leaky_relu's would send a gradient of zeros
     through all of D once more whenever a loss holds D's input gradient. (On a CPU sign and clamp take a tenth of the
@@ -174,18 +205,28 @@ def leaky_relu(x: Tensor, slope: float) -> Tensor:
     return x * x.detach().sign().clamp_(min=slope)  # x times 1 or slope
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that always normalises a training batch by its own statistics, but moves the running ones only when
-    told to: by G(z), never by G(E(x)), so that they describe what is sampled."""
+class BatchNorm(nn.Module):
+    """Batch norm on [B, C, H, W] that normalises a training batch by its own statistics, but moves the running ones
+    only if told to: by G(z), never by G(E(x)), so that they describe what is sampled. The running statistics begin at 0
+    and `running_weight` is the weight of all batches in them: evaluation divides by it, as Adam does."""
+
+    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.zeros(channels))
+        self.register_buffer("running_weight", torch.zeros(()))
 
     def forward(self, x: Tensor, update: bool) -> Tensor:
-        if self.training and update:
-            return super().forward(x)
+        mean, var = self.running_mean, self.running_var
         if self.training:
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        count = self.num_batches_tracked  # of a moving average of G 0: that is taken as it is
-        left = torch.where(count > 0, (1 - self.momentum) ** count, 0.0)  # of what they began with, 0 and 1
-        mean, var = self.running_mean / (1 - left), ((self.running_var - left) / (1 - left)).clamp_min(0)
+            if update:
+                self.running_weight.mul_(1 - self.momentum).add_(self.momentum)
+            return F.batch_norm(x, mean if update else None, var if update else None, self.weight, self.bias, True,
+                                self.momentum, self.eps)
+        mean, var = (torch.where(self.running_weight > 0, v / self.running_weight, start)
+                     for v, start in ((mean, 0.0), (var, 1.0)))  # start: before the first update
         return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
 
@@ -194,7 +235,7 @@ class Generator(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        self.side = args.image_size // 8
+        self.side, self.bf16 = args.image_size // 8, args.precision == "bf16"
         widths = [max(1, round(c * args.width)) for c in (1024, 512, 256, 128)]
         self.linear = nn.Linear(args.latent_dim, widths[0] * self.side**2)
         self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False) for a, b in zip(widths, widths[1:]))
@@ -202,12 +243,13 @@ class Generator(nn.Module):
         self.last = nn.Conv2d(widths[-1], 3, 3, 1, 1)
         init_weights(self)
 
+    @autocast
     def forward(self, z: Tensor, update_statistics: bool = False) -> Tensor:
         x = F.relu(self.linear(z)).unflatten(1, (-1, self.side, self.side))  # [B, 1024, 4, 4]
-        x = x.contiguous(memory_format=memory_format(self.last.weight))
+        x = x.contiguous(memory_format=torch.channels_last)
         for up, norm in zip(self.ups, self.norms):  # [B, 512, 8, 8], [B, 256, 16, 16], [B, 128, 32, 32]
             x = F.relu(norm(up(x), update_statistics))
-        return torch.sigmoid(self.last(x).float())  # in fp32: bf16 has 256 steps in [0.5, 1], too few for a sigmoid
+        return torch.sigmoid(self.last(x).float())  # in fp32: bf16 has 128 steps in [0.5, 1], too few for a sigmoid
 
 
 class Discriminator(nn.Module):
@@ -215,20 +257,23 @@ class Discriminator(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
+        self.bf16 = args.precision == "bf16"
         widths = [3] + [max(1, round(c * args.width)) for c in (64, 64, 128, 128, 256, 256, 512)]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) if i % 2 else nn.Conv2d(a, b, 3, 1, 1)
                                    for i, (a, b) in enumerate(zip(widths, widths[1:])))
         self.linear = nn.Linear(widths[-1] * (args.image_size // 8) ** 2, 1)
         init_weights(self)
 
+    @autocast
     def features(self, x: Tensor) -> Tensor:
         """The last convolution's map, [B, 512, 4, 4]."""
         for conv in self.convs:  # 64 at 32x32, 64 at 16x16, 128, 128 at 8x8, 256, 256 at 4x4, 512
             x = leaky_relu(conv(x), 0.1)
-        return x
+        return x.float()
 
+    @autocast
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.features(x).flatten(1))[:, 0]
+        return self.linear(self.features(x).flatten(1))[:, 0].float()
 
 
 class Encoder(nn.Module):
@@ -237,6 +282,7 @@ class Encoder(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
+        self.bf16 = args.precision == "bf16"
 
         def block(a: int, b: int, kernel: int, slope: float) -> nn.Sequential:
             return nn.Sequential(nn.Conv2d(a, b, kernel, 2, (kernel - 1) // 2, bias=False),
@@ -254,6 +300,7 @@ class Encoder(nn.Module):
         self.linear = nn.Linear(widths[-1] * (args.image_size // 8) ** 2, args.latent_dim)
         init_weights(self)
 
+    @autocast
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.convs(x).flatten(1)).float()
 
@@ -267,14 +314,8 @@ def init_weights(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def memory_format(weight: Tensor) -> torch.memory_format:
-    """The layout that a network's weights [out, in, k, k] are in."""
-    last = weight.shape[1] > 1 and weight.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 # -------------------------------------------------------------------------------------------------------- losses
-def norm(v: Tensor) -> Tensor:
+def l2_norm(v: Tensor) -> Tensor:
     """L2 norm of each sample of v [B, ...] in fp32, [B]; the small constant keeps its gradient finite at 0."""
     return (v.float().flatten(1).square().sum(1) + 1e-12).sqrt()
 
@@ -312,7 +353,7 @@ def pairwise_affinities(points: Tensor) -> Tensor:
 
 
 def neighbor_embedding(latents: Tensor, images: Tensor) -> Tensor:
-    """V_R = sum_ij p_ij log(p_ij / q_ij) (Eq. 2-6), in fp32.
+    """V_R = sum_ij p_ij log(p_ij / q_ij) (Eq. 2-6), scalar in fp32.
 
     latents [n, d], images [n, C, H, W] generated from them: p over the latents, q over the images. Its gradient
     reaches both. Identical points give finite gradients.
@@ -324,13 +365,13 @@ def neighbor_embedding(latents: Tensor, images: Tensor) -> Tensor:
         return (p * (p.log() - q.log())).sum()
 
 
-def reconstruction_error(x: Tensor, y: Tensor) -> Tensor:
-    """||x - y||^2 (Eq. 1) as its mean over batch and pixels [authors' code], scalar."""
-    return (x - y).square().mean()
+def reconstruction_error(real: Tensor, reconstruction: Tensor) -> Tensor:
+    """||x - G(E(x))||^2 (Eq. 1) as its mean over batch and pixels [authors' code], scalar."""
+    return (real - reconstruction).square().mean()
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, reconstruction: Optional[Tensor] = None,
-                       alpha: Tensor | float = 0.0, hinge: bool = False) -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor, reconstruction: Optional[Tensor] = None, alpha: float = 0.0,
+                       hinge: bool = False) -> Tensor:
     """-V_D of Eq. 7 (hinge: Eq. 8) without its penalty, for logits [B] of real, generated and, with an autoencoder,
     reconstructed images; reconstructions count as real. Scalar."""
     if hinge:  # D here is the sigmoid score: it stays inside (-1, 1), so min(0, -1 + D) is never cut, nor -1 - D
@@ -344,13 +385,17 @@ def discriminator_loss(real: Tensor, fake: Tensor, reconstruction: Optional[Tens
 
 def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mix: Tensor,
                      penalty: str = "l2") -> Tensor:
-    """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8), of the logit; scalar.
+    """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8); scalar.
 
-    real, fake [B, C, H, W]; mix [B, 1, 1, 1] from U(0, 1). penalty: l2, or rms and reversed: the norm over sqrt(C H W).
+    real, fake [B, C, H, W]; mix [B, 1, 1, 1] from U(0, 1). penalty: score, the norm of the sigmoid score's gradient;
+    l2, of the logit's; rms and reversed, of the logit's over sqrt(C H W).
     """
     point = mix * real + (1 - mix) * fake
-    slope = norm(logit_and_gradient(discriminator, point)[1])
-    if penalty != "l2":
+    logit, gradient = logit_and_gradient(discriminator, point)
+    slope = l2_norm(gradient)
+    if penalty == "score":
+        slope = slope * torch.sigmoid(logit) * torch.sigmoid(-logit)
+    elif penalty != "l2":
         slope = slope / math.sqrt(point[0].numel())
     return (slope - 1).square().mean()
 
@@ -366,10 +411,10 @@ def gradient_matching(discriminator: Discriminate, real: Tensor, fake: Tensor) -
         logit, gradient = logit_and_gradient(discriminator, x)
         # The logit's derivative is at hand: this way it depends on x by it, not by going back through D once more.
         logit = logit.detach() + ((x - x.detach()) * gradient.detach()).flatten(1).sum(1)
-        score = torch.sigmoid(logit.float())
+        score = torch.sigmoid(logit)
         slope = score * (1 - score)
         inner = (gradient.float() * x.float()).flatten(1).sum(1)
-        return score.mean(), (slope * norm(gradient)).mean(), (slope * inner.abs()).mean()
+        return score.mean(), (slope * l2_norm(gradient)).mean(), (slope * inner.abs()).mean()
 
     with torch.no_grad():  # the real side has no way to G
         score_real, norm_real, inner_real = terms(real)
@@ -377,11 +422,84 @@ def gradient_matching(discriminator: Discriminate, real: Tensor, fake: Tensor) -
     return (score_real - score_fake).abs(), (norm_real - norm_fake).square(), (inner_real - inner_fake).square()
 
 
-def latent_data_distance(x: Tensor, y: Tensor, latent: Tensor, z: Tensor) -> Tensor:
-    """Dist-GAN: (E[x - y] - w E[latent - z])^2 with w = sqrt(d_z / d_x), the means over batch and coordinates; x and y
-    [B, ...] are D's features of reconstructed and generated images. Scalar."""
-    weight = math.sqrt(z[0].numel() / x[0].numel())
-    return ((x - y).mean() - weight * (latent - z).mean()).square()
+def latent_data_distance(fake: Tensor, reconstruction: Tensor, z: Tensor, latent: Tensor) -> Tensor:
+    """Dist-GAN: (E[f(G(E(x))) - f(G(z))] - w E[E(x) - z])^2 with w = sqrt(d_z / d_f), the means over batch and
+    coordinates; fake and reconstruction are D's features [B, ...] of those images. Scalar."""
+    weight = math.sqrt(z[0].numel() / fake[0].numel())
+    return ((reconstruction - fake).mean() - weight * (latent - z).mean()).square()
+
+
+# ----------------------------------------------------------------------------------------------------- objectives
+# Each returns its loss, which is descended, and then the terms that it is made of, as scalars by name.
+def autoencoder_objective(args: Args, networks: nn.ModuleDict, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """V_AE of Eq. 1 (Dist-GAN: its own) for real images x [B, 3, H, W] in [0, 1] and z [B, latent_dim]."""
+    E, G, D = (networks[name] for name in ("encoder", "generator", "discriminator"))
+    latent = E(x)
+    reconstruction = G(latent)
+    if args.distgan:
+        real_map, fake_map, rebuilt_map = (D.features(v) for v in (x, G(z), reconstruction))
+        terms = {"reconstruction": reconstruction_error(real_map, rebuilt_map),
+                 "latent_data_distance": latent_data_distance(fake_map, rebuilt_map, z, latent)}
+        return {"autoencoder": terms["reconstruction"] + args.lambda_r * terms["latent_data_distance"], **terms}
+    terms = {"reconstruction": reconstruction_error(x, reconstruction)}
+    loss = terms["reconstruction"]
+    if args.neighbor_embedding:
+        terms["neighbor_embedding"] = neighbor_embedding(torch.cat([latent, z]), torch.cat([reconstruction, G(z)]))
+        loss = loss + args.lambda_r * terms["neighbor_embedding"]
+    return {"autoencoder": loss, **terms}
+
+
+def discriminator_objective(args: Args, networks: nn.ModuleDict, x: Tensor, fake: Tensor,
+                            reconstruction: Optional[Tensor], mix: Tensor) -> dict[str, Tensor]:
+    """-V_D of Eq. 7 or 8 for images [B, 3, H, W] in [0, 1] and mix [B, 1, 1, 1]."""
+    D = networks["discriminator"]
+    images = [x, fake] if reconstruction is None else [x, fake, reconstruction]
+    logits = D(torch.cat(images)).split(len(x))
+    loss = discriminator_loss(*logits, alpha=args.alpha, hinge=args.hinge)
+    terms = {"score_real": torch.sigmoid(logits[0]).mean(), "score_fake": torch.sigmoid(logits[1]).mean()}
+    if args.lambda_p:
+        terms["gradient_penalty"] = gradient_penalty(D, x, fake, mix, args.penalty)
+        # reversed: -V_P grows with slopes up to 1, at 32x32 an L2 norm of 55, which D stays far below
+        loss = loss + (-args.lambda_p if args.penalty == "reversed" else args.lambda_p) * terms["gradient_penalty"]
+    return {"discriminator": loss, **terms}
+
+
+def generator_objective(args: Args, networks: nn.ModuleDict, x: Tensor, z: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """V_G of Eq. 13 and its ablations for real images x, fake = G(z) [B, 3, H, W] and z [B, latent_dim]."""
+    D, terms = networks["discriminator"], {}
+    if args.gradient_matching:
+        score_term, norm_term, inner_term = gradient_matching(D, x, fake)
+        loss = score_term + args.lambda_m1 * norm_term + args.lambda_m2 * inner_term
+        terms = {"score_matching": score_term, "norm_matching": norm_term, "inner_matching": inner_term}
+    elif args.autoencoder:
+        with torch.no_grad():
+            score_real = torch.sigmoid(D(x)).mean()
+        loss = terms["score_matching"] = (score_real - torch.sigmoid(D(fake)).mean()).abs()
+    else:
+        logit = D(fake)
+        loss = terms["adversarial"] = -torch.sigmoid(logit).mean() if args.hinge else F.softplus(-logit).mean()
+    if args.neighbor_embedding and not args.autoencoder:
+        terms["neighbor_embedding"] = neighbor_embedding(z, fake)
+        loss = loss + args.lambda_r * terms["neighbor_embedding"]
+    return {"generator": loss, **terms}
+
+
+def gradient_norms(args: Args, networks: nn.ModuleDict, images: Tensor, z: Tensor) -> dict[str, float]:
+    """Norm of the gradient to G's weights of each term of its losses, as weighted there, for images uint8
+    [B, 3, H, W] and z [B, latent_dim]; changes nothing."""
+    G, x = networks["generator"], to_float(images)
+    networks["discriminator"].requires_grad_(False)
+    objectives = [generator_objective(args, networks, x, z, G(z))]
+    if args.autoencoder:
+        objectives.append(autoencoder_objective(args, networks, x, z))
+    weights = {"neighbor_embedding": args.lambda_r, "latent_data_distance": args.lambda_r,
+               "norm_matching": args.lambda_m1, "inner_matching": args.lambda_m2}
+    norms = {}
+    for objective in objectives:
+        for name, term in list(objective.items())[1:]:
+            gradients = torch.autograd.grad(weights.get(name, 1.0) * term, list(G.parameters()), retain_graph=True)
+            norms[name] = torch.cat([g.flatten() for g in gradients]).norm().item()
+    return norms
 
 
 # ---------------------------------------------------------------------------------------------------- train step
@@ -393,182 +511,108 @@ def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
         networks["encoder"] = Encoder(args)
     if args.ema:
         networks["generator_ema"] = copy.deepcopy(networks["generator"]).requires_grad_(False).eval()
-    return networks.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    return networks.to(device, memory_format=torch.channels_last)  # the faster layout for most convolutions
 
 
 def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.optim.Adam]:
-    """One Adam a network. Adam takes a gradient's size away: with moments of its own (`reconstruction`) the
-    autoencoder's update would move G as far as the generator's does, however small its gradient."""
+    """One Adam a network. Adam normalises gradients: with moments of its own (`reconstruction`) the autoencoder's
+    update would move G as far as the generator's does, however small its gradient."""
     trained = {"discriminator": "discriminator", "generator": "generator"}
     if args.autoencoder:
         trained["encoder"] = "encoder"
         if args.autoencoder_updates == "separate":
             trained["reconstruction"] = "generator"
-    device = next(networks.parameters()).device
-    return {name: torch.optim.Adam(networks[network].parameters(), lr=torch.tensor(args.lr, device=device),
-                                   betas=(args.beta1, args.beta2), fused=True,
-                                   capturable=device.type == "cuda" and args.cuda_graph)
-            for name, network in trained.items()}
+    capturable = next(networks.parameters()).device.type == "cuda" and args.cuda_graph
+    return {name: torch.optim.Adam(networks[network].parameters(), lr=args.lr, betas=(args.beta1, args.beta2),
+                                   fused=True, capturable=capturable) for name, network in trained.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Adam, state: dict) -> None:
-    """The saved moments, with this run's own switches and learning rate: a tensor on the device, as a graph needs."""
-    kept = [{k: group[k] for k in ("lr", "capturable", "fused")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, kept):
-        group.update(own)
-
-
-def learning_rate(args: Args, iteration: int) -> float:
-    """The learning rate of an iteration, counted from 0."""
-    return args.lr * (max(0.0, min(1 - iteration / args.iterations, 0.5)) if args.lr_schedule == "linear" else 1.0)
-
-
-def reconstruction_share(args: Args, iteration: int) -> float:
-    """Eq. 7's alpha in an iteration, counted from 0: constant, or falling to 0 between T/2 and 3T/4."""
-    falling = min(max(3 - 4 * iteration / args.iterations, 0.0), 1.0)
-    return args.alpha * (falling if args.alpha_schedule == "falling" else 1.0)
-
-
-def draw_latents(n: int, args: Args, rng: torch.Generator, device: torch.device) -> Tensor:
+def draw_latents(n: int, args: Args, rng: torch.Generator) -> Tensor:
     """z ~ U(-1, 1), [n, latent_dim]."""
-    return torch.rand(n, args.latent_dim, generator=rng, device=device) * 2 - 1
+    return torch.rand(n, args.latent_dim, generator=rng, device=rng.device) * 2 - 1
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images [B, C, H, W] as networks take and make them: fp32 in [0, 1]."""
+    return images.to(torch.float32, memory_format=torch.channels_last) / 255
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Networks' images [B, C, H, W] as uint8."""
+    return (x * 255 + 0.5).clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def own_slice(n: int) -> slice:
+    """This process's part of a mini-batch of n, which torchrun's processes split; alone: all of it."""
+    rank, world = common.world()
+    return slice(rank * n // world, (rank + 1) * n // world)
+
+
+@torch.no_grad()
+def average(tensors: list[Tensor]) -> None:
+    """Replace tensors by their means over torchrun's processes, in one message; alone: nothing."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, mean in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
+            t.copy_(mean.view(t.shape))
 
 
 def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam],
-                    rng: torch.Generator) -> Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """`train_step(images, alpha, finite)`: one iteration of Algorithm 1, in place; returns its losses, scalars.
+                    rng: torch.Generator) -> Callable[[Tensor], dict[str, Tensor]]:
+    """`train_step(images)`: one iteration of Algorithm 1, in place; returns its losses and terms, scalars.
 
-    images: uint8 [B, 3, H, W]; alpha: scalar; finite: a bool that turns False, and stays so, when a loss is not
-    finite. z and mix are drawn from `rng`. Nothing in it waits for the device.
+    images: uint8 [B, 3, H, W], this process's share of the mini-batch. z and mix are drawn from `rng`, which is seeded
+    anew before each iteration. Nothing in it waits for the device.
     """
-    device = next(networks.parameters()).device
-    G, D, E = networks["generator"], networks["discriminator"], networks["encoder"] if args.autoencoder else None
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-
-    # Autocast around each forward pass alone: losses stay in fp32, and the bf16 copies of the weights that a region
-    # keeps end with it, so that none is older than the last update.
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-    def generate(z: Tensor, update_statistics: bool = False) -> Tensor:
-        with autocast():
-            return G(z, update_statistics)
-
-    def encode(x: Tensor) -> Tensor:
-        with autocast():
-            return E(x)
-
-    def discriminate(x: Tensor) -> Tensor:
-        with autocast():
-            return D(x).float()
-
-    def features(x: Tensor) -> Tensor:
-        with autocast():
-            return D.features(x).float()
-
-    def autoencoder_objective(x: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 1
-        latent = encode(x)
-        reconstruction = generate(latent)
-        if args.distgan:
-            fake = generate(z)
-            real_map, rebuilt_map, fake_map = (features(v) for v in (x, reconstruction, fake))
-            error = reconstruction_error(real_map, rebuilt_map)
-            distance = latent_data_distance(rebuilt_map, fake_map, latent, z)
-            loss = error + args.lambda_r * distance
-            return loss, {"autoencoder": loss, "reconstruction": error, "latent_data_distance": distance}
-        error = reconstruction_error(x, reconstruction)
-        if not args.neighbor_embedding:
-            return error, {"autoencoder": error, "reconstruction": error}
-        embedding = neighbor_embedding(torch.cat([latent, z]), torch.cat([reconstruction, generate(z)]))
-        loss = error + args.lambda_r * embedding
-        return loss, {"autoencoder": loss, "reconstruction": error, "neighbor_embedding": embedding}
-
-    def reconstruct(x: Tensor) -> Tensor:
-        return generate(encode(x))
-
-    def discriminator_objective(x: Tensor, fake: Tensor, reconstruction: Optional[Tensor], mix: Tensor,
-                                alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 7, 8
-        parts = [x, fake] if reconstruction is None else [x, fake, reconstruction]
-        loss = discriminator_loss(*discriminate(torch.cat(parts)).split(len(x)), alpha=alpha, hinge=args.hinge)
-        if not args.lambda_p:
-            return loss, {"discriminator": loss}
-        penalty = gradient_penalty(discriminate, x, fake, mix, args.penalty)
-        # reversed: -V_P grows with slopes up to 1, at 32x32 an L2 norm of 55, which D stays far below
-        loss = loss + (-args.lambda_p if args.penalty == "reversed" else args.lambda_p) * penalty
-        return loss, {"discriminator": loss, "gradient_penalty": penalty}
-
-    def generator_objective(x: Tensor, z: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # Eq. 13
-        terms = {}
-        if args.gradient_matching:
-            score_term, norm_term, inner_term = gradient_matching(discriminate, x, fake)
-            loss = score_term + args.lambda_m1 * norm_term + args.lambda_m2 * inner_term
-            terms = {"score_matching": score_term, "norm_matching": norm_term, "inner_matching": inner_term}
-        elif args.autoencoder:
-            with torch.no_grad():
-                real = torch.sigmoid(discriminate(x)).mean()
-            loss = (real - torch.sigmoid(discriminate(fake)).mean()).abs()
-        else:
-            logit = discriminate(fake)
-            loss = -torch.sigmoid(logit).mean() if args.hinge else F.softplus(-logit).mean()
-        if args.neighbor_embedding and not args.autoencoder:
-            embedding = neighbor_embedding(z, fake)
-            loss = loss + args.lambda_r * embedding
-            terms["neighbor_embedding"] = embedding
-        return loss, {"generator": loss, **terms}
-
+    G, D = networks["generator"], networks["discriminator"]
+    autoencoder, discriminator, generator = (functools.partial(objective, args, networks) for objective in (
+        autoencoder_objective, discriminator_objective, generator_objective))
+    generate, reconstruct = G, lambda x: G(networks["encoder"](x))
     if args.compile:  # the losses, not the loop: optimisers and draws stay outside
-        options = {"fullgraph": True, "dynamic": False}
-        autoencoder_objective = torch.compile(autoencoder_objective, **options)
-        discriminator_objective = torch.compile(discriminator_objective, **options)
-        generator_objective = torch.compile(generator_objective, **options)
-        generate_fake, reconstruct = torch.compile(generate, **options), torch.compile(reconstruct, **options)
-    else:
-        generate_fake = generate
+        autoencoder, discriminator, generator, generate, reconstruct = (
+            torch.compile(f, fullgraph=True, dynamic=False)
+            for f in (autoencoder, discriminator, generator, generate, reconstruct))
 
-    def update(loss: Tensor, *names: str) -> None:
-        chosen = [optimizers[name] for name in names]
-        for optimizer in chosen:
-            optimizer.zero_grad()
-        loss.backward(inputs=[p for o in chosen for group in o.param_groups for p in group["params"]])
-        for optimizer in chosen:
-            optimizer.step()
+    def descend(terms: dict[str, Tensor], *names: str) -> None:
+        """A step of each named optimiser down the first of the terms."""
+        parameters = [p for name in names for group in optimizers[name].param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = None
+        next(iter(terms.values())).backward(inputs=parameters)
+        average([p.grad for p in parameters])
+        for name in names:
+            optimizers[name].step()
 
-    autoencoder = {"both": ("encoder", "generator"), "separate": ("encoder", "reconstruction"),
-                   "encoder": ("encoder",)}[args.autoencoder_updates]
+    trained_by_autoencoder = {"both": ("encoder", "generator"), "separate": ("encoder", "reconstruction"),
+                              "encoder": ("encoder",)}[args.autoencoder_updates]
 
     # Operations of one iteration at batch 64, counted by torch's FlopCounterMode (2 a multiply-add): 841 GFLOP on
     # CIFAR-10, of them 157 for the G(z) that neighbour embedding needs and 42 for gradient matching; 323 without an
     # autoencoder; 2,238 on STL-10. Each forward pass serves every term that needs it until its network is updated.
-    def train_step(images: Tensor, alpha: Tensor, finite: Tensor) -> dict[str, Tensor]:
-        x = images.to(torch.float32, memory_format=layout) / 255
-        z = draw_latents(len(x), args, rng, device)
-        mix = torch.rand(len(x), 1, 1, 1, generator=rng, device=device)
+    def train_step(images: Tensor) -> dict[str, Tensor]:
+        x, part = to_float(images), own_slice(args.batch_size)
+        z = draw_latents(args.batch_size, args, rng)[part]
+        mix = torch.rand(args.batch_size, 1, 1, 1, generator=rng, device=rng.device)[part]
         losses, reconstruction = {}, None
         D.requires_grad_(False)
         if args.autoencoder:
-            loss, terms = autoencoder_objective(x, z)
-            update(loss, *autoencoder)
-            losses.update(terms)
+            losses |= (terms := autoencoder(x, z))
+            descend(terms, *trained_by_autoencoder)
             with torch.no_grad():
                 reconstruction = reconstruct(x)
-        fake = generate_fake(z, update_statistics=True)  # one forward pass for D's update and, its graph kept, for G's
+        fake = generate(z, True)  # one forward pass for D's update and, its graph kept, for G's
         D.requires_grad_(True)
-        loss, terms = discriminator_objective(x, fake.detach(), reconstruction, mix, alpha)
-        update(loss, "discriminator")
-        losses.update(terms)
+        losses |= (terms := discriminator(x, fake.detach(), reconstruction, mix))
+        descend(terms, "discriminator")
         D.requires_grad_(False)
-        loss, terms = generator_objective(x, z, fake)
-        update(loss, "generator")
-        losses.update(terms)
+        losses |= (terms := generator(x, z, fake))
+        descend(terms, "generator")
+        average(list(G.buffers()))
         if args.ema:
-            averages, weights = (networks[n].state_dict() for n in ("generator_ema", "generator"))
-            for name, average in averages.items():
-                if average.is_floating_point():
-                    average.lerp_(weights[name], 1 - args.ema)
-        losses = {name: value.detach() for name, value in losses.items()}
-        finite.logical_and_(torch.stack(list(losses.values())).isfinite().all())
-        return losses
+            for averaged, value in zip(networks["generator_ema"].state_dict().values(), G.state_dict().values()):
+                averaged.lerp_(value, 1 - args.ema)
+        return {name: value.detach() for name, value in losses.items()}
 
     return train_step
 
@@ -576,523 +620,318 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
 class GraphedStep:
     """train_step captured once as a CUDA graph and replayed: one launch an iteration instead of hundreds.
 
-    The warm-up that a capture needs is undone, so that a run starts from the same weights, moments and draws as without
-    a graph. A call copies the images into the buffer that the graph reads; `fixed`, what else train_step takes, must be
-    the very tensors it was captured with. The losses returned are overwritten by the next call.
+    The warm-up that a capture needs is undone, so that a run starts from the same weights and moments as without a
+    graph. A call copies the images into the buffer that the graph reads. The losses returned are overwritten by the
+    next call. The step keeps all that the graph reads and writes alive.
     """
 
-    def __init__(self, train_step: Callable, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam],
-                 rng: torch.Generator, images: Tensor, *fixed: Tensor):
-        self.images = images.clone()
+    def __init__(self, train_step: Callable[[Tensor], dict[str, Tensor]], networks: nn.ModuleDict,
+                 optimizers: dict[str, torch.optim.Adam], rng: torch.Generator, images: Tensor):
+        self.kept, self.images = (train_step, networks, optimizers, rng), images.clone()
 
         def tensors() -> list[Tensor]:  # Adam makes its moments at the first step
             moments = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
-            return [*networks.state_dict(keep_vars=True).values(), *fixed, *moments]
+            return [*networks.state_dict(keep_vars=True).values(), *moments]
 
         before = {v.data_ptr(): v.detach().clone() for v in tensors()}
-        draws = rng.get_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                train_step(self.images, *fixed)
+                train_step(self.images)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.no_grad():
             for v in tensors():
                 v.copy_(before[v.data_ptr()]) if v.data_ptr() in before else v.zero_()
-        rng.set_state(draws)
         self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(rng)
+        with warnings.catch_warnings(action="ignore"):  # from PyTorch 2.12 on no longer needed, and a warning
+            self.graph.register_generator_state(rng)
         with torch.cuda.graph(self.graph):
-            self.losses = train_step(self.images, *fixed)
+            self.losses = train_step(self.images)
 
-    def __call__(self, images: Tensor, *fixed: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
         self.images.copy_(images)
         self.graph.replay()
         return self.losses
 
 
-# ---------------------------------------------------------------------------------------------- data and samples
-class Batches:
-    """An endless stream of mini-batches of a data set, in a new order every pass; a pass's last one is filled up from
-    the next pass. `position` and `rng_before` are all that a checkpoint needs."""
-
-    def __init__(self, images: Tensor, batch_size: int, seed: int, device: torch.device):
-        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
-            images = images.to(device)  # gathered there; a set too large for it is gathered in the host's memory
-        self.images, self.batch_size, self.device = images, batch_size, device
-        self.rng = torch.Generator().manual_seed(seed)
-        self.shuffle()
-
-    def shuffle(self) -> None:
-        self.rng_before, self.position = self.rng.get_state(), 0
-        self.order = torch.randperm(len(self.images), generator=self.rng).to(self.images.device)
-
-    def next(self) -> Tensor:
-        """uint8 [B, C, H, W]."""
-        index = self.order[self.position : self.position + self.batch_size]
-        self.position += self.batch_size
-        if len(index) < self.batch_size:
-            missing = self.batch_size - len(index)
-            self.shuffle()
-            index, self.position = torch.cat([index, self.order[:missing]]), missing
-        batch = self.images.index_select(0, index)
-        if batch.device == self.device:
-            return batch
-        return batch.pin_memory().to(self.device, non_blocking=True)
-
-    def state_dict(self) -> dict:
-        return {"rng_before": self.rng_before, "position": self.position}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.rng.set_state(state["rng_before"])
-        self.shuffle()
-        self.position = state["position"]
+# ---------------------------------------------------------------------------------------------------------- loop
+def draw_seed(*key: int) -> int:
+    """A seed for a generator (the CPU's takes 32 bits) from numbers such as (seed, iteration)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def fingerprint(images: Tensor) -> list[int]:
-    """The number of images and a checksum of about a thousand of them, to know a data set again."""
-    return [len(images), zlib.crc32(images[:: max(1, len(images) // 1000)].numpy().tobytes())]
+@functools.lru_cache(2)
+def data_order(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """The order of n images in a pass over the data, int64 [n]."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n)).to(device)
+
+
+def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) -> Tensor:
+    """This process's share of an iteration's mini-batch, uint8 [B, C, H, W] on the device: a function of args.seed and
+    the iteration alone. A pass's last mini-batch is filled up from the next pass."""
+    epoch, first = divmod(iteration * args.batch_size, len(images))
+    index = data_order(len(images), args.seed, epoch, images.device)[first : first + args.batch_size]
+    if missing := args.batch_size - len(index):
+        index = torch.cat([index, data_order(len(images), args.seed, epoch + 1, images.device)[:missing]])
+    batch = images[index[own_slice(args.batch_size)]]
+    if device.type == "cuda" and batch.device.type == "cpu":
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True)
 
 
 @torch.no_grad()
-def sample_images(generator: Generator, z: Tensor, precision: str) -> Tensor:
+def sample_images(generator: Generator, z: Tensor) -> Tensor:
     """G(z) in evaluation mode as uint8 [n, 3, H, W]."""
     mode = generator.training
-    generator.eval()
-    with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        x = generator(z)
+    images = to_bytes(generator.eval()(z))
     generator.train(mode)
-    return (x * 255 + 0.5).clamp(0, 255).to(torch.uint8).contiguous()
+    return images
 
 
 def make_sampler(generator: Generator, args: Args, device: torch.device) -> Callable[[int], Tensor]:
-    """A function from n to n images, uint8 [n, 3, H, W], whose draws are its own: the same for every evaluation of a
-    seed, and none of training's (a generator takes 32 bits of its seed; these differ from training's in the highest).
+    """A function from n to n new images, uint8 [n, 3, H, W]. Its draws are its own: the same for every evaluation, and
+    none of training's, so that how often one evaluates changes nothing."""
+    rng = torch.Generator(device).manual_seed(draw_seed(args.seed, 0, 1 + own_slice(args.batch_size).start))
+    return lambda n: sample_images(generator, draw_latents(n, args, rng))
+
+
+def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path, checkpoint: Optional[dict],
+          evaluator, signals: list[int]) -> bool:
+    """Train from the checkpoint, or the start, to args.iterations or a signal in `signals`; whether it came to the end.
+
+    images: uint8 [N, 3, H, W]; evaluator: common.metrics.Evaluator, or None for no scores.
     """
-    rng = torch.Generator(device).manual_seed(2**31 + args.seed)
+    networks = init_networks(args, device)
+    optimizers = init_optimizers(args, networks)
+    start, seconds, begin = 0, 0.0, time.perf_counter()
+    if checkpoint is not None:
+        restore(checkpoint, networks, optimizers)
+        start, seconds = checkpoint["iteration"], checkpoint["seconds"]
+    data = common.fingerprint(images)
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+        images = images.to(device)  # gathered there; a set too large for it is gathered in the host's memory
+    rng = torch.Generator(device)
+    train_step = make_train_step(args, networks, optimizers, rng)
+    if args.cuda_graph and device.type == "cuda" and start < args.iterations:
+        train_step = GraphedStep(train_step, networks, optimizers, rng, get_batch(images, args, start, device))
+    generator = networks["generator_ema" if args.ema else "generator"]
+    fixed_images = get_batch(images, args, 0, device)[:64]
+    fixed_noise = draw_latents(64, args, torch.Generator().manual_seed(draw_seed(args.seed, 0, 1))).to(device)
+    first = common.world()[0] == 0  # of torchrun's processes: the one that writes
+    records = [r for r in common.read_lines(folder / "metrics.jsonl") if r["iteration"] <= start]
+    counted, clock, rate = start, time.perf_counter(), 0.0
 
-    def sample(n: int) -> Tensor:
-        return sample_images(generator, draw_latents(n, args, rng, device), args.precision)
+    def stopping() -> bool:
+        """Whether a signal came, to this process or another."""
+        if dist.is_initialized():
+            number = torch.tensor(signals[:1] or [0])
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            signals.extend([number.item()] if number else [])
+        return bool(signals)
 
-    return sample
+    def due(every: int) -> bool:
+        return every > 0 and iteration > 0 and (iteration % every == 0 or iteration == args.iterations)
+
+    if first:
+        sizes = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in networks.items())
+        print(f"{folder}: {args.dataset}, {len(images):,} images of {images.shape[2]}x{images.shape[3]}, on "
+              f"{common.describe(device)}; parameters: {sizes}; to watch: tensorboard --logdir {common.quote(folder)}")
+    writer = SummaryWriter(str(folder), purge_step=start + 1) if first else None
+    if first and start == 0:
+        writer.add_text("arguments", "\n".join(f"    {k} = {v}" for k, v in dataclasses.asdict(args).items()))
+        writer.add_image("images/real", make_grid(fixed_images, 8).cpu())
+    with writer or contextlib.nullcontext(), tqdm(
+            total=args.iterations, initial=start, desc=SCRIPT, unit="it", mininterval=0.5, dynamic_ncols=True,
+            disable=not first, postfix="compiling" if args.compile else None) as bar:
+        for iteration in range(start, args.iterations + 1):
+            last = iteration == args.iterations or stopping()
+            new = iteration > start or checkpoint is None  # what a checkpoint has seen is done but for its evaluation
+            log, sample, evaluate = due(args.log_every), due(args.sample_every), due(args.eval_every)
+            measure, save = due(args.gradient_every), last or evaluate or due(args.checkpoint_every) or iteration == 0
+            pause = log or sample or measure or save  # these wait for the device
+            if pause and iteration > counted:
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                rate = (iteration - counted) * args.batch_size / (time.perf_counter() - clock)
+            if first and new:
+                if log or save:
+                    common.check_finite(networks.state_dict(), f"iteration {iteration}", folder)
+                if log:
+                    values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
+                    for name, value in values.items():
+                        writer.add_scalar(f"losses/{name}", value, iteration)
+                    writer.add_scalar("charts/images_per_second", rate, iteration)
+                    writer.add_scalar("charts/learning_rate", args.lr, iteration)
+                    bar.set_postfix({short: f"{values[name]:.3g}" for short, name in SHOWN if name in values},
+                                    refresh=False)
+                if measure:
+                    norms = gradient_norms(args, networks, fixed_images, fixed_noise[: len(fixed_images)])
+                    for name, value in norms.items():
+                        writer.add_scalar(f"gradients/{name}", value, iteration)
+                if sample:
+                    grid = make_grid(sample_images(generator, fixed_noise), 8).cpu()
+                    common.to_picture(grid).save(folder / f"samples/{iteration:08d}.png")
+                    writer.add_image("images/samples", grid, iteration)
+                if save:
+                    writer.flush()
+                    save_checkpoint(args, folder, networks, {
+                        "iteration": iteration, "seconds": seconds + time.perf_counter() - begin, "data": data,
+                        "optimizers": {name: o.state_dict()["state"] for name, o in optimizers.items()}})
+            if evaluate and all(r["iteration"] != iteration for r in records):
+                scores = evaluator.score(make_sampler(generator, args, device), args.num_fake, stop=stopping)
+                if scores is None:  # a signal: scored when the run goes on
+                    return False
+                records.append({"iteration": iteration, **scores, "images_per_second": round(rate, 2),
+                                "seconds": round(seconds + time.perf_counter() - begin, 2)})
+                if first:
+                    common.write_lines(folder / "metrics.jsonl", records)
+                    for name, value in scores.items():
+                        writer.add_scalar(f"metrics/{name}", value, iteration)
+            if last:
+                return iteration == args.iterations
+            if pause:  # the clock of images a second stands still meanwhile
+                counted, clock = iteration, time.perf_counter()
+            rng.manual_seed(draw_seed(args.seed, iteration))
+            losses = train_step(get_batch(images, args, iteration, device))
+            bar.update()
 
 
 # ------------------------------------------------------------------------------------------ arguments and files
-def load_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, dict]:
-    """The file and the contents of a checkpoint.pt or generator.pt, given the file or its run folder."""
-    file = pathlib.Path(path)
-    file = file / "checkpoint.pt" if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(f"no checkpoint at {file}: give a run folder or its checkpoint.pt")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file makes torch.load raise
-        raise UserError(f"cannot read the checkpoint {file}: {reason(error)}") from None
-    if not isinstance(checkpoint, dict) or not {"script", "args", "resolved"} <= checkpoint.keys():
-        raise UserError(f"{file} is not a checkpoint of {SCRIPT}.py")
-    if checkpoint["script"] != SCRIPT:
-        raise UserError(f"{file} is a checkpoint of {checkpoint['script']}.py, not of {SCRIPT}.py")
-    return file, checkpoint
-
-
+RANGES = {"seed": "[0, 2147483648)", "num_images": "[1, inf)", "image_size": "[16, inf)", "width": "(0, inf)",
+          "latent_dim": "[1, inf)", "ema": "[0, 1)", "lambda_p": "[0, inf)", "lambda_r": "[0, inf)",
+          "lambda_m1": "[0, inf)", "lambda_m2": "[0, inf)", "alpha": "[0, 1)", "iterations": "[1, inf)",
+          "batch_size": "[2, inf)", "lr": "(0, inf)", "beta1": "[0, 1)", "beta2": "[0, 1)", "log_every": "[0, inf)",
+          "gradient_every": "[0, inf)", "sample_every": "[0, inf)", "eval_every": "[0, inf)",
+          "checkpoint_every": "[0, inf)", "num_real": "[2, inf)", "num_fake": "[10, inf)"}
 # What may differ from a checkpoint's run: where things are and how often one looks, nothing that training computes.
-FREE = {"device", "compile", "cuda_graph", "deterministic", "run_dir", "run_name", "resume", "evaluate", "generate",
-        "num_images", "out", "data_dir", "log_every", "sample_every", "eval_every", "checkpoint_every", "num_real",
-        "num_fake", "inception_weights"}
+FREE = {f.name for group in (RunArgs, LoggingArgs) for f in dataclasses.fields(group)} - {"seed", "precision"}
+FREE |= {"data_dir", "iterations"}  # iterations: without a schedule a run can be made longer
 
 
-def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Args, Optional[pathlib.Path], Optional[dict]]:
-    """Arguments as given and resolved, checked; with --resume, --evaluate or --generate also the checkpoint's path and
+def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib.Path], Optional[dict]]:
+    """The arguments, resolved and checked; with --resume, --evaluate or --generate also the checkpoint's path and
     contents. Such a run takes the saved arguments; one given by hand that would change it must agree with them."""
-    def parse(default: Args) -> Args:
-        return tyro.cli(Args, args=argv, default=default, description=__doc__)
-
-    args, given, file, checkpoint = parse(Args()), None, None, None
-    paths = [p for p in (args.resume, args.evaluate, args.generate) if p is not None]
-    if len(paths) > 1:
+    args, file, checkpoint = common.parse(Args, argv, Args(), __doc__), None, None
+    sources = [path for path in (args.resume, args.evaluate, args.generate) if path is not None]
+    if len(sources) > 1:
         raise UserError("--resume, --evaluate and --generate exclude each other")
-    if paths:
-        file, checkpoint = load_checkpoint(paths[0])
-        names = {f.name for f in dataclasses.fields(Args)}
-        if args.resume and (odd := sorted(names ^ checkpoint["resolved"].keys())):
-            raise UserError(f"{file} is of a {SCRIPT}.py with other arguments ({', '.join(odd)}): go on with that one")
-        # the resolved values, so that a default changed since does not change a run half-way
-        saved = Args(**{k: v for k, v in checkpoint["resolved"].items() if k in names})
-        args = parse(saved)
-        free = set(FREE)
-        if saved.lr_schedule == "constant" and saved.alpha_schedule == "constant":
-            free.add("iterations")  # no schedule depends on the planned number: a run can be made longer
-        if not args.resume:
-            free |= {"seed", "dataset", "precision", "channels_last"}
-        differing = [f"--{k.replace('_', '-')} ({getattr(saved, k)} in the checkpoint, {getattr(args, k)} here)"
-                     for k in sorted(names - free) if getattr(args, k) != getattr(saved, k)]
-        if differing:
-            raise UserError(f"{paths[0]} is of another setting: {', '.join(differing)}; "
-                            "leave these flags out, or start a new run without the checkpoint")
-        if args.resume and "networks" not in checkpoint:
+    if args.resume == "auto":
+        if args.run_name is None:
+            raise UserError("--resume auto needs the --run-name of the folder to go on in")
+        folder = pathlib.Path(args.run_dir, args.run_name).expanduser()
+        sources = [folder] if (folder / "checkpoint.pt").exists() else []
+    if sources:
+        file, checkpoint = common.read_checkpoint(sources[0], SCRIPT)
+        free = FREE if args.resume else FREE | {"seed", "dataset", "precision"}
+        args = common.parse_again(Args, argv, checkpoint, free, __doc__)
+        if args.resume and "optimizers" not in checkpoint:
             raise UserError(f"{file} holds G alone: give --resume the run folder or its checkpoint.pt")
         if args.resume and args.iterations < checkpoint["iteration"]:
             raise UserError(f"--iterations is {args.iterations}: {file} is already at {checkpoint['iteration']}")
-        given = Args(**{k: v for k, v in checkpoint["args"].items() if k in names})
-        given = dataclasses.replace(given, **{k: getattr(args, k) for k in free
-                                              if getattr(args, k) != getattr(saved, k)})
-    # a flag was given by hand if turning its default around does not turn its value around
-    turned = parse(dataclasses.replace(args, neighbor_embedding=not args.neighbor_embedding,
-                                       gradient_matching=not args.gradient_matching))
-    for name in ("neighbor_embedding", "gradient_matching"):
-        if args.distgan and getattr(turned, name) == getattr(args, name):
-            raise UserError(f"--distgan has no {name.replace('_', ' ')}: leave --[no-]{name.replace('_', '-')} out")
+    args = resolve(dataclasses.replace(args, resume=None))
+    common.check_ranges(args, RANGES)
+    used = {"lambda_m1": args.gradient_matching, "lambda_m2": args.gradient_matching, "alpha": args.autoencoder,
+            "lambda_r": args.neighbor_embedding or args.distgan, "autoencoder_updates": args.autoencoder}
+    for name in used:
+        if not used[name] and not sources and getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect on this loss: leave it out")
     if args.distgan and not args.autoencoder:
         raise UserError("--distgan needs its autoencoder: leave --no-autoencoder out")
-    resolved = resolve(args)
-    for name, low in (("seed", 0), ("iterations", 1), ("batch_size", 2), ("latent_dim", 1), ("image_size", 16),
-                      ("log_every", 0), ("sample_every", 0), ("eval_every", 0), ("checkpoint_every", 0),
-                      ("num_real", 2), ("num_fake", 10), ("num_images", 1)):
-        if getattr(resolved, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be {low} or more")
-    for name in ("lambda_p", "lambda_r", "lambda_m1", "lambda_m2", "lr", "width"):
-        if not (0 <= getattr(resolved, name) < math.inf) or name in ("lr", "width") and not getattr(resolved, name):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(resolved, name)}: it must be a number "
-                            f"{'above' if name in ('lr', 'width') else 'from'} 0")
-    for name in ("alpha", "ema", "beta1", "beta2"):
-        if not 0 <= getattr(resolved, name) < 1:
-            raise UserError(f"--{name} is {getattr(resolved, name)}: it must be at least 0 and below 1")
-    idle = {"lambda_m1": not resolved.gradient_matching, "lambda_m2": not resolved.gradient_matching,
-            "lambda_r": not (resolved.neighbor_embedding or resolved.distgan), "alpha": not resolved.autoencoder,
-            "alpha_schedule": not resolved.autoencoder, "autoencoder_updates": not resolved.autoencoder}
-    for name, unused in idle.items():
-        if unused and not paths and getattr(args, name) != getattr(Args, name):
-            raise UserError(f"--{name.replace('_', '-')} has no effect on this loss: leave it out")
-    if resolved.seed >= 2**31:
-        raise UserError(f"--seed is {resolved.seed}: it must be below 2**31")
-    if resolved.image_size % 8:
-        raise UserError(f"--image-size is {resolved.image_size}: it must be a multiple of 8")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    return given or args, resolved, file, checkpoint
+    if args.image_size % 8:
+        raise UserError(f"--image-size is {args.image_size}: it must be a multiple of 8")
+    return args, file, checkpoint
 
 
-def can_compile() -> bool:
-    """Whether torch.compile finds what it needs on a CPU: a C++ compiler and Python's headers."""
-    compilers = [c for c in (os.environ.get("CXX"), "g++", "clang++") if c]
-    headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
-    return any(map(shutil.which, compilers)) and headers.exists()
+def save_checkpoint(args: Args, folder: pathlib.Path, networks: nn.ModuleDict, state: dict) -> None:
+    """checkpoint.pt: all that training goes on from; generator.pt: the G that is sampled, alone."""
+    origin = {"script": SCRIPT, "args": dataclasses.asdict(args), "iteration": state["iteration"]}
+    weights, sampled = networks.state_dict(), "generator_ema." if args.ema else "generator."
+    generator = {name: value for name, value in weights.items() if name.startswith(sampled)}
+    advice = f"make room and go on with --resume {common.quote(folder)}; "
+    for name, contents in (("checkpoint.pt", {**origin, **state, "networks": weights}),
+                           ("generator.pt", {**origin, "networks": generator})):
+        common.write_atomically(folder / name, functools.partial(torch.save, contents), advice)
 
 
-class Run:
-    """A run folder: args.json, metrics.jsonl, TensorBoard's events, samples/, checkpoint.pt and generator.pt."""
-
-    def __init__(self, args: Args, resolved: Args, file: Optional[pathlib.Path]):
-        given = dataclasses.replace(args, resume=None)  # how this process began is no part of the run
-        self.args, self.records = resolved, []  # records: the lines of metrics.jsonl
-        self.head = {"script": SCRIPT, "args": dataclasses.asdict(given),
-                     "resolved": {**dataclasses.asdict(resolved), "resume": None}}
-        if file is None:
-            name = args.run_name or f"{args.dataset}__{SCRIPT}__{args.seed}__{int(time.time())}"
-            self.folder = pathlib.Path(args.run_dir) / name
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise UserError(f"{self.folder} exists: choose another --run-name, or {self.advice()}") from None
-            except OSError as error:
-                raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}; "
-                                "choose another --run-dir") from None
-        else:
-            self.folder = file.parent
-        self.lock = os.open(self.folder, os.O_RDONLY)  # let go by the system when the process ends, however it ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {self.folder}") from None
-        except OSError:
-            pass  # a file system without locks
-
-    def advice(self) -> str:
-        resume = (self.folder / "checkpoint.pt").exists()
-        return f"go on with --resume {self.folder}" if resume else "remove the folder: it has no checkpoint yet"
-
-    def start(self, records: list[dict], iteration: int) -> None:
-        """Write args.json, bring metrics.jsonl and TensorBoard back to `iteration`."""
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        setting = {**self.head, "versions": versions}
-        self.write("args.json", lambda p: p.write_text(json.dumps(setting, indent=2) + "\n"))
-        self.records = records
-        self.write("metrics.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in records)))
-        (self.folder / "samples").mkdir(exist_ok=True)
-        self.writer = SummaryWriter(str(self.folder), purge_step=iteration + 1)
-
-    def write(self, name: str, write: Callable[[pathlib.Path], None]) -> None:
-        write_atomically(self.folder / name, write, f"make room and {self.advice()}; ")
-
-    def log_scores(self, record: dict) -> None:
-        """A line of metrics.jsonl and its points in TensorBoard."""
-        self.records.append(record)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.writer.add_scalar("metrics/fid", record["fid"], record["iteration"])
-        self.writer.add_scalar("metrics/is", record["is_mean"], record["iteration"])
-
-    def save(self, networks: nn.ModuleDict, state: dict) -> None:
-        """checkpoint.pt: everything that training goes on from; generator.pt: G (its average with --ema) alone."""
-        self.writer.flush()
-        contents = {**self.head, **state, "networks": networks.state_dict(), "records": self.records}
-        self.write("checkpoint.pt", lambda p: torch.save(contents, p))
-        generator = networks["generator_ema" if self.args.ema else "generator"]
-        contents = {**self.head, "iteration": state["iteration"], "generator": generator.state_dict()}
-        self.write("generator.pt", lambda p: torch.save(contents, p))
-
-
-# --------------------------------------------------------------------------------------------------------- main
-def choose_device(args: Args) -> torch.device:
-    """The device, with PyTorch's switches set for args.precision and args.deterministic."""
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        allow = args.precision != "fp32"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
-        torch.backends.cudnn.benchmark = not args.deterministic
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-    return device
+def restore(checkpoint: dict, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam]) -> None:
+    """Load a checkpoint's weights and moments into networks and optimisers, which keep their own settings."""
+    try:
+        networks.load_state_dict({k: v for k, v in checkpoint["networks"].items() if k.split(".")[0] in networks})
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizers"][name]})
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"the checkpoint does not fit this {SCRIPT}.py (has it changed since?): "
+                        f"{common.reason(error)}") from None
 
 
 def load_generator(args: Args, checkpoint: dict, device: torch.device) -> Generator:
-    """G of a checkpoint.pt (its average with --ema) or generator.pt."""
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    generator = Generator(args).to(device, memory_format=layout)
-    if "generator" in checkpoint:
-        state = checkpoint["generator"]
-    else:
-        prefix = "generator_ema." if args.ema else "generator."
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["networks"].items() if k.startswith(prefix)}
-    with fits():
-        generator.load_state_dict(state)
-    return generator
-
-
-@contextlib.contextmanager
-def fits() -> Iterator[None]:
-    """Whatever loading a checkpoint raises when its contents are not this script's, as one line."""
-    try:
-        yield
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"the checkpoint does not fit this {SCRIPT}.py (has it changed since?): {text}") from None
-
-
-def write_images(sample: Callable[[int], Tensor], args: Args) -> None:
-    """--generate: args.num_images PNGs in the folder args.out, or, if it ends in .npy, one uint8 array [N, H, W, C]."""
-    out = pathlib.Path(args.out)
-    array = out.suffix == ".npy"
-    try:
-        (out.parent if array else out).mkdir(parents=True, exist_ok=True)
-        if not array and any(out.iterdir()):
-            raise UserError(f"{out} is not empty: choose another --out")
-        if array:
-            open(out, "ab").close()  # whether it can be written, before the work
-        images = []
-        for start in tqdm(range(0, args.num_images, 100), "generating", dynamic_ncols=True):
-            batch = sample(min(100, args.num_images - start)).permute(0, 2, 3, 1).cpu().numpy()
-            if array:
-                images.append(batch)
-            else:
-                for i, image in enumerate(batch, start):
-                    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(out / f"{i:06d}.png")
-        if array:
-            np.save(out, np.concatenate(images))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {reason(error)}; choose another --out") from None
-    print(f"{args.num_images} images in {out}")
-
-
-class Interrupted(Exception):
-    """A signal came during an evaluation: it is left, and done when the run goes on."""
-
-
-def train(run: Run, args: Args, checkpoint: Optional[dict], images: Tensor, evaluator, device: torch.device,
-          stop: list[int]) -> tuple[bool, str]:
-    """Train to args.iterations, or until a signal is in `stop`; whether that is finished, and the scores in words."""
-    networks = init_networks(args, device)
-    optimizers = init_optimizers(args, networks)
-    batches = Batches(images, args.batch_size, args.seed, device)
-    rng = torch.Generator(device).manual_seed(args.seed)
-    start, seconds, evaluation_due, records = 0, 0.0, False, []
-    if checkpoint is not None:
-        if checkpoint["device"] != device.type:
-            raise UserError(f"the run began on {checkpoint['device']} and its draws go on only there: "
-                            f"give --device {checkpoint['device']}")
-        if checkpoint["data"] != fingerprint(images):
-            raise UserError(f"{args.data_dir} does not hold the images that the run began with "
-                            f"({checkpoint['data'][0]} then, {len(images)} now): give --data-dir")
-        with fits():
-            networks.load_state_dict(checkpoint["networks"])
-            for name, optimizer in optimizers.items():
-                load_optimizer(optimizer, checkpoint["optimizers"][name])
-            batches.load_state_dict(checkpoint["batches"])
-            rng.set_state(checkpoint["rng"])
-            start, seconds, records = checkpoint["iteration"], checkpoint["seconds"], checkpoint["records"]
-            evaluation_due = checkpoint["evaluation_due"]
-    run.start(records, start)
-    alpha, finite = torch.tensor(args.alpha, device=device), torch.tensor(True, device=device)
-    generator = networks["generator_ema" if args.ema else "generator"]
-    noise_rng = torch.Generator().manual_seed(2**31 + args.seed)
-    fixed_noise = draw_latents(64, args, noise_rng, torch.device("cpu")).to(device)
-    train_step = make_train_step(args, networks, optimizers, rng)
-    if args.cuda_graph and device.type == "cuda" and start < args.iterations:
-        batch = images[: args.batch_size].to(device)
-        train_step = GraphedStep(train_step, networks, optimizers, rng, batch, alpha, finite)
-
-    def check_finite(iteration: int, weights: bool = False) -> None:
-        good = finite
-        if weights:  # the last update can spoil them after its loss was taken
-            good = torch.stack([finite, *(v.isfinite().all() for v in networks.state_dict().values())]).all()
-        if not good.item():
-            saved = run.folder / "checkpoint.pt"
-            last = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
-            raise UserError(f"training diverged: a loss or weight is not finite by iteration {iteration}; {last}; "
-                            "try a smaller --lr")
-
-    def save(iteration: int) -> None:
-        check_finite(iteration, weights=True)
-        run.save(networks, {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
-                            "optimizers": {n: o.state_dict() for n, o in optimizers.items()},
-                            "batches": batches.state_dict(), "rng": rng.get_state(), "device": device.type,
-                            "data": fingerprint(images), "evaluation_due": evaluation_due})
-
-    def evaluate(iteration: int) -> bool:
-        """Score G; whether that was left undone for a signal."""
-        sample = make_sampler(generator, args, device)
-
-        def sample_or_stop(n: int) -> Tensor:
-            if stop:
-                raise Interrupted
-            return sample(n)
-
-        check_finite(iteration)
-        try:
-            scores = evaluator.score(sample_or_stop, args.num_fake)
-        except Interrupted:
-            return True
-        run.log_scores({"iteration": iteration, **scores, "seconds": round(seconds + time.perf_counter() - begin, 2),
-                        "images_per_second": round(rate, 2)})
-        return False
-
-    begin = clock = time.perf_counter()
-    counted, rate = start, 0.0
-
-    def measure(iteration: int) -> None:
-        """Images a second since the clock was last set; waits for the device."""
-        nonlocal counted, clock, rate
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if iteration > counted:
-            rate = (iteration - counted) * args.batch_size / max(now - clock, 1e-9)
-        counted, clock = iteration, now
-
-    def due(every: int, iteration: int) -> bool:
-        return every > 0 and (iteration % every == 0 or iteration == args.iterations)
-
-    with run.writer, tqdm(total=args.iterations, initial=start, desc=SCRIPT, unit="it", mininterval=0.5,
-                          dynamic_ncols=True, postfix="compiling" if args.compile else None) as bar:
-        if evaluation_due := evaluation_due and evaluator is not None:
-            evaluation_due = evaluate(start)
-            save(start)
-        iteration, last = start, start == args.iterations or evaluation_due
-        while not last:
-            for optimizer in optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"].fill_(learning_rate(args, iteration))
-            alpha.fill_(reconstruction_share(args, iteration))
-            losses = train_step(batches.next(), alpha, finite)
-            iteration += 1
-            bar.update()
-            last = iteration == args.iterations or bool(stop)
-            if due(args.log_every, iteration):
-                values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
-                measure(iteration)
-                check_finite(iteration)
-                for name, value in values.items():
-                    run.writer.add_scalar(f"losses/{name}", value, iteration)
-                run.writer.add_scalar("charts/images_per_second", rate, iteration)
-                bar.set_postfix({short: f"{values[name]:.3f}" for short, name in
-                                 (("AE", "autoencoder"), ("D", "discriminator"), ("G", "generator")) if name in values},
-                                refresh=False)
-            sample, score, keep = (due(every, iteration) for every in
-                                   (args.sample_every, args.eval_every, args.checkpoint_every))
-            if sample or score or keep or last:  # not training: the clock of images a second stands still
-                measure(iteration)
-                if sample:
-                    grid = make_grid(sample_images(generator, fixed_noise, args.precision), 8).cpu()
-                    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-                    picture.save(run.folder / f"samples/{iteration:08d}.png")
-                    run.writer.add_image("images/samples", grid, iteration)
-                if score:
-                    evaluation_due = evaluate(iteration)
-                if keep or last or evaluation_due:
-                    save(iteration)
-                last = last or evaluation_due
-                clock = time.perf_counter()
-    finished = iteration == args.iterations and not evaluation_due
-    if not run.records:
-        return finished, "no evaluation yet" if args.eval_every else "no scores, --eval-every 0"
-    scores = run.records[-1]
-    return finished, (f"FID {scores['fid']:.2f}, IS {scores['is_mean']:.2f} ± {scores['is_std']:.2f} "
-                      f"at iteration {scores['iteration']}")
+    """The G that is sampled (its average with --ema) of a checkpoint.pt or generator.pt."""
+    name = "generator_ema" if args.ema else "generator"
+    networks = nn.ModuleDict({name: init_networks(args, device)[name]})
+    restore(checkpoint, networks, {})
+    return networks[name]
 
 
 def main() -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # until training begins; SIGINT too, which a shell's & has ignored
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    given, args, file, checkpoint = parse_args()
-    if args.compile and not can_compile():
-        print(f"{SCRIPT}.py: no C++ compiler or no Python headers: training uncompiled "
-              "(Debian, Ubuntu: apt install g++ python3-dev)", file=sys.stderr)
-        args = dataclasses.replace(args, compile=False)
-    device = choose_device(args)
+    args, file, checkpoint = parse_args()
+    device = common.choose_device(args.device, tf32=args.precision != "fp32", deterministic=args.deterministic)
+    rank, world = common.world()
+    first = rank == 0
     if args.generate:
-        write_images(make_sampler(load_generator(args, checkpoint, device), args, device), args)
+        if first:
+            sample = make_sampler(load_generator(args, checkpoint, device), args, device)
+            common.write_images(sample, args.num_images, args.out)
         return 0
-    run = None if args.evaluate else Run(given, args, file)
-    try:
+    if args.batch_size % world or args.batch_size < 2 * world:
+        raise UserError(f"--batch-size {args.batch_size} must divide by {world} processes, and give each 2 images")
+    name = args.run_name or f"{args.dataset}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
+    with (common.run_folder(place, resume=file is not None, free_name=args.run_name is None)
+          if first and not args.evaluate else contextlib.nullcontext(place)) as folder:
         images = datasets.load(args.dataset, args.data_dir, args.image_size)
-        if run and len(images) < args.batch_size:
-            raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
+        args = dataclasses.replace(args, num_real=min(args.num_real or 10_000, len(images)))
         evaluator = None
         if args.evaluate or args.eval_every:
             from common import metrics  # its Inception takes seconds to import
             evaluator = metrics.Evaluator(images, args.num_real, args.inception_weights, device)
-    except BaseException:
-        if run and file is None:
-            with contextlib.suppress(OSError):
-                run.folder.rmdir()  # nothing was trained: leave no empty folder
-        raise
-    if args.evaluate:
-        sample = make_sampler(load_generator(args, checkpoint, device), args, device)
-        print(json.dumps({"iteration": checkpoint["iteration"], **evaluator.score(sample, args.num_fake)}))
-        return 0
-    if checkpoint is not None:
-        checkpoint = load_checkpoint(file)[1]  # another process may have written it before this one had the lock
-    stop: list[int] = []  # the signal, if one came: the iteration is finished and everything saved
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
-    finished, scores = train(run, args, checkpoint, images, evaluator, device, stop)
-    if not finished:
-        print(f"{run.folder}: stopped ({scores}); go on with --resume {run.folder}")
-        return 128 + stop[0]
-    print(f"{run.folder}: {args.iterations} iterations, {scores}")
-    return 0
+            if args.num_real < 10_000 and first:
+                print(f"{SCRIPT}.py: FID of {args.num_real:,} real images is biased, and comparable only with FIDs of "
+                      "as many: look at KID", file=sys.stderr)
+        if args.evaluate:
+            sample = make_sampler(load_generator(args, checkpoint, device), args, device)
+            scores = evaluator.score(sample, args.num_fake)
+            if first:
+                print(json.dumps({"iteration": checkpoint["iteration"], **scores}))
+            return 0
+        if len(images) < args.batch_size:
+            raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
+        if checkpoint is not None:
+            checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # another process may have written it since
+            if checkpoint["data"] != common.fingerprint(images):
+                raise UserError(f"the images in {args.data_dir} are not those that the run began with: give its "
+                                "--data-dir, or start a new run")
+        if args.compile and not common.compiles(device):
+            args = dataclasses.replace(args, compile=False)
+        if args.cuda_graph and device.type == "cuda" and world > 1:
+            print(f"{SCRIPT}.py: under torchrun iterations are launched eagerly, not as a CUDA graph", file=sys.stderr)
+            args = dataclasses.replace(args, cuda_graph=False)
+        if first:
+            (folder / "samples").mkdir(exist_ok=True)
+            common.write_setting(folder, SCRIPT, args)
+        signals: list[int] = []  # the signal, if one came: the iteration is finished and everything saved
+        common.on_signals(signals.append)
+        finished = train(args, images, device, folder, checkpoint, evaluator, signals)
+        records = common.read_lines(folder / "metrics.jsonl")
+    scores = "no scores" + (" yet" if args.eval_every else ", --eval-every 0")
+    if records:
+        scores = "FID {fid:.2f}, KID {kid_mean:.4f}, IS {is_mean:.2f} at iteration {iteration}".format(**records[-1])
+    if first and finished:
+        print(f"{folder}: {args.iterations} iterations, {scores}")
+    elif first:
+        print(f"{folder}: stopped ({scores}); go on with --resume {common.quote(folder)}")
+    return 0 if finished else 128 + signals[0]
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:  # before main
-        sys.exit(128 + signal.SIGINT)
-    except torch.OutOfMemoryError:
-        print(f"{SCRIPT}.py: error: out of GPU memory: lower --batch-size or --width", file=sys.stderr)
-        sys.exit(2)
-    except (UserError, OSError) as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    common.run(main)

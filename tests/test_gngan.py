@@ -1,23 +1,15 @@
-"""GN-GAN's image scripts: equations against slow references, networks, one iteration of Algorithm 1."""
-import dataclasses
-import importlib
+"""GN-GAN's image scripts: equations against slow references, networks, defaults."""
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import assert_same_course, conv, count, descend, noise, plain_descent, setup, shapes, weights
+from scripts import each
+from steps import CPU, conv, count, noise, parts, shapes
 from torch import nn
 
-SCRIPTS = ["gngan_cnn", "gngan_resnet"]
-ABLATIONS = [{"neighbor_embedding": ne, "gradient_matching": gm, "autoencoder": ae}
-             for ne in (True, False) for gm in (True, False) for ae in (True, False)]
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    return importlib.import_module(request.param)
+every = each("gngan_cnn", "gngan_resnet")
 
 
 def smooth_discriminator(dtype=torch.float64, seed=0):
@@ -54,6 +46,7 @@ def slow_neighbor_embedding(latents, pictures):
     return total
 
 
+@every
 def test_neighbor_embedding(script):
     rng = np.random.default_rng(0)
     latents, pictures = rng.normal(size=(7, 4)), rng.uniform(size=(7, 3, 4, 4))
@@ -65,11 +58,13 @@ def test_neighbor_embedding(script):
     assert scaled.item() == pytest.approx(value.item(), rel=1e-3)
 
 
+@every
 def test_affinities_are_probabilities(script):
     p = script.pairwise_affinities(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)))
     assert p.sum().item() == pytest.approx(1) and torch.equal(p, p.mT) and not p.diag().any() and (p >= 0).all()
 
 
+@every
 def test_neighbor_embedding_gradient(script):
     """Against finite differences with sigma held fixed; it reaches latents and images."""
     rng = np.random.default_rng(1)
@@ -111,7 +106,8 @@ def per_sample_gradients(discriminator, x):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("penalty", ["l2", "rms", "reversed"])
+@pytest.mark.parametrize("penalty", ["score", "l2", "rms", "reversed"])
+@every
 def test_gradient_penalty(script, penalty):
     discriminator = smooth_discriminator(torch.float32)
     real, fake, mix = images(seed=1), images(seed=2), torch.rand(5, 1, 1, 1, generator=torch.Generator().manual_seed(3))
@@ -119,11 +115,14 @@ def test_gradient_penalty(script, penalty):
     for i in range(5):
         point = mix[i] * real[i] + (1 - mix[i]) * fake[i]
         slope = per_sample_gradients(discriminator, point[None]).norm()
-        total += (slope / (1 if penalty == "l2" else 3) - 1) ** 2 / 5  # 9 pixels
+        score = torch.sigmoid(discriminator(point[None]))[0]
+        unit = {"score": 1 / (score * (1 - score)), "l2": 1}.get(penalty, 3)  # 9 pixels
+        total += (slope / unit - 1) ** 2 / 5
     value = script.gradient_penalty(discriminator, real, fake, mix, penalty)
     assert value.item() == pytest.approx(total.item(), rel=1e-4)
 
 
+@every
 def test_gradient_penalty_trains_the_discriminator(script):
     """Its gradient to D's weights, through the second derivative, against finite differences."""
     weight = torch.randn(9, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -151,6 +150,7 @@ def slow_gradient_matching(discriminator, real, fake):
     return abs(a - d), (b - e) ** 2, (c - f) ** 2
 
 
+@every
 def test_gradient_matching(script):
     discriminator = smooth_discriminator(torch.float32)
     values = script.gradient_matching(discriminator, images(seed=1), 2 * images(seed=2))
@@ -159,6 +159,7 @@ def test_gradient_matching(script):
 
 
 @pytest.mark.parametrize("term", [0, 1, 2])
+@every
 def test_gradient_matching_reaches_the_generator(script, term):
     """Each term's gradient against finite differences through a smooth D, where second derivatives count."""
     discriminator, real = smooth_discriminator(torch.float32), images(seed=1)
@@ -175,6 +176,7 @@ def test_gradient_matching_reaches_the_generator(script, term):
         assert gradient[index].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=2e-3, abs=1e-6)
 
 
+@every
 def test_gradient_matching_of_the_scripts_own_discriminator(script):
     """Piecewise linear: the gradient to G is exactly what double backward gives, and not zero in any term."""
     args = script.resolve(script.Args(width=1 / 16))
@@ -197,6 +199,7 @@ def test_gradient_matching_of_the_scripts_own_discriminator(script):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-10)
 
 
+@every
 def test_leaky_relu(script):
     x = torch.linspace(-2, 2, 9, requires_grad=True)
     ours, theirs = script.leaky_relu(x, 0.1), F.leaky_relu(x, 0.1)
@@ -205,6 +208,7 @@ def test_leaky_relu(script):
     assert script.leaky_relu(x.bfloat16(), 0.1).dtype == torch.bfloat16
 
 
+@every
 def test_discriminator_loss(script):
     real, fake, rebuilt = (torch.randn(6, generator=torch.Generator().manual_seed(s)) for s in range(3))
     d_real, d_fake, d_rebuilt = (torch.sigmoid(v).double().numpy() for v in (real, fake, rebuilt))
@@ -219,6 +223,7 @@ def test_discriminator_loss(script):
     assert script.discriminator_loss(torch.tensor([200.0]), torch.tensor([-200.0])).item() == pytest.approx(0, abs=1e-6)
 
 
+@every
 def test_latent_data_distance(script):
     x, y, latent, z = (torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in
                        enumerate([(4, 5, 2, 2), (4, 5, 2, 2), (4, 3), (4, 3)]))
@@ -227,6 +232,7 @@ def test_latent_data_distance(script):
 
 
 @pytest.mark.parametrize("kind", ["identical", "dead", "collapsed"])
+@every
 def test_gradients_are_finite(script, kind):
     """Identical real and generated images, a D of dead units, a batch of one image repeated."""
     args = script.resolve(script.Args(width=1 / 16))
@@ -249,10 +255,10 @@ def test_gradients_are_finite(script, kind):
 
 
 # ------------------------------------------------------------------------------------------------------ networks
+@each("gngan_cnn")
 @pytest.mark.parametrize("size", [32, 48])
-def test_cnn_networks(size):
+def test_cnn_networks(script, size):
     """The notes' layers; parameters counted from them (a convolution before batch norm has no bias)."""
-    import gngan_cnn as script
     args = script.resolve(script.Args(dataset="cifar10" if size == 32 else "stl10"))
     s = size // 8
     generator, discriminator, encoder = script.Generator(args), script.Discriminator(args), script.Encoder(args)
@@ -277,10 +283,10 @@ def test_cnn_networks(size):
                                                        ((128, 256), (256, 512), (512, 1024))) + 128 * (36 * 1024 + 1)
 
 
+@each("gngan_resnet")
 @pytest.mark.parametrize("size", [32, 48])
-def test_resnet_networks(size):
+def test_resnet_networks(script, size):
     """The notes' layers; parameters counted from them (a convolution right before batch norm has no bias)."""
-    import gngan_resnet as script
     args = script.resolve(script.Args(dataset="cifar10" if size == 32 else "stl10"))
     s = size // 8
     generator, discriminator, encoder = script.Generator(args), script.Discriminator(args), script.Encoder(args)
@@ -308,12 +314,13 @@ def test_resnet_networks(size):
     torch.testing.assert_close(discriminator(x + 1), discriminator.linear(features.sum((2, 3)))[:, 0])
     widths = [256] * 4 if size == 32 else [64, 128, 256, 512]
     assert shapes(encoder, x)[-1] == (128,)
-    assert encoder.blocks(encoder.first(x)).shape == (2, widths[-1], s, s)
+    assert encoder.convs(x).shape == (2, widths[-1], s, s)
     assert count(encoder) == conv(3, widths[0], 3) + sum(
         2 * a + conv(a, b, 3, False) + 2 * b + conv(b, b, 3) + conv(a, b, 1) for a, b in zip(widths, widths[1:])
     ) + 2 * widths[-1] + 128 * (s * s * widths[-1] + 1)
 
 
+@every
 def test_initial_weights(script):
     args = script.resolve(script.Args(width=0.25))
     torch.manual_seed(0)
@@ -328,9 +335,9 @@ def test_initial_weights(script):
                 assert module.bias is None or not module.bias.any()
 
 
-def test_resnet_blocks_in_the_authors_order():
+@each("gngan_resnet")
+def test_resnet_blocks_in_the_authors_order(script):
     """Up-sampling before the shortcut's convolution, strides and pooling after: the same function, computed whole."""
-    import gngan_resnet as script
     torch.manual_seed(0)
     x = torch.randn(3, 4, 8, 8)
 
@@ -360,129 +367,24 @@ def test_resnet_blocks_in_the_authors_order():
         torch.testing.assert_close(plain(v), expected)
 
 
-# ------------------------------------------------------------------------------------------------ one iteration
-def reference_step(script, args, networks, optimizers, rng, pictures):
-    """Algorithm 1 in plain PyTorch: every forward pass made anew, torch.autograd.grad for D's input gradient."""
-    G, D, E = networks["generator"], networks["discriminator"], networks["encoder"] if args.autoencoder else None
-    x = pictures.float() / 255
-    z = torch.rand(len(x), args.latent_dim, generator=rng) * 2 - 1
-    mix = torch.rand(len(x), 1, 1, 1, generator=rng)
-
-    def input_gradient(v):
-        v = v if v.requires_grad else v.clone().requires_grad_()
-        logit = D(v)
-        return logit, torch.autograd.grad(logit.sum(), v, create_graph=True)[0]
-
-    def update(name, loss):
-        others = {"both": ["generator"], "separate": ["reconstruction"], "encoder": []}[args.autoencoder_updates]
-        names = ["encoder", *others] if name == "autoencoder" else [name]
-        descend(loss, *(optimizers[n] for n in names))
-
-    if args.autoencoder:
-        latent = E(x)
-        rebuilt, fake = G(latent), G(z)
-        if args.distgan:
-            a, b, c = (D.features(v).flatten(1) for v in (x, rebuilt, fake))
-            w = math.sqrt(args.latent_dim / a.shape[1])
-            loss = (a - b).pow(2).mean() + args.lambda_r * ((b - c).mean() - w * (latent - z).mean()).pow(2)
-        else:
-            loss = (x - rebuilt).pow(2).mean()
-            if args.neighbor_embedding:
-                embedding = script.neighbor_embedding(torch.cat([latent, z]), torch.cat([rebuilt, fake]))
-                loss = loss + args.lambda_r * embedding
-        update("autoencoder", loss)
-        rebuilt = G(E(x)).detach()
-    fake = G(z, update_statistics=True).detach()
-    score = torch.sigmoid
-    if args.hinge:
-        loss = -(1 - args.alpha * args.autoencoder) * score(D(x)).mean() + score(D(fake)).mean()
-        if args.autoencoder:
-            loss = loss - args.alpha * score(D(rebuilt)).mean()
-    else:
-        loss = -(1 - args.alpha * args.autoencoder) * F.logsigmoid(D(x)).mean() - F.logsigmoid(-D(fake)).mean()
-        if args.autoencoder:
-            loss = loss - args.alpha * F.logsigmoid(D(rebuilt)).mean()
-    if args.autoencoder:
-        slope = input_gradient(mix * x + (1 - mix) * fake)[1].flatten(1).norm(dim=1)
-        slope = slope / (1 if args.penalty == "l2" else math.sqrt(x[0].numel()))
-        loss = loss + args.lambda_p * (-1 if args.penalty == "reversed" else 1) * (slope - 1).pow(2).mean()
-    update("discriminator", loss)
-    fake = G(z)
-    if args.gradient_matching:
-        sides = []
-        for v in (x, fake):
-            logit, gradient = input_gradient(v)
-            s = score(logit)
-            gradient = (s * (1 - s))[:, None, None, None] * gradient
-            inner = (gradient * v).flatten(1).sum(1)
-            sides.append((s.mean(), gradient.flatten(1).norm(dim=1).mean(), inner.abs().mean()))
-        (a, b, c), (d, e, f) = sides
-        loss = (a - d).abs() + args.lambda_m1 * (b - e).pow(2) + args.lambda_m2 * (c - f).pow(2)
-    elif args.autoencoder:
-        loss = (score(D(x)).mean() - score(D(fake)).mean()).abs()
-    else:
-        loss = -score(D(fake)).mean() if args.hinge else -F.logsigmoid(D(fake)).mean()
-    if args.neighbor_embedding and not args.autoencoder:
-        loss = loss + args.lambda_r * script.neighbor_embedding(z, fake)
-    update("generator", loss)
-
-
-@pytest.mark.parametrize("setting", [*ABLATIONS, {"distgan": True}, {"hinge": True}, {"hinge": False},
-                                     {"autoencoder_updates": "encoder"}, {"autoencoder_updates": "separate"},
-                                     {"penalty": "l2"}, {"hinge": True, "penalty": "rms"},
-                                     {"hinge": True, "autoencoder": False, "gradient_matching": False},
-                                     {"hinge": False, "autoencoder": False, "gradient_matching": False}])
-def test_an_iteration_is_algorithm_1(script, setting, monkeypatch):
-    """Two iterations against the plain reference: gradients of every update, shared forward passes and all."""
-    monkeypatch.setattr(script, "init_optimizers", plain_descent(script))
-    args, networks, step, finite = setup(script, **setting)
-    start = weights(networks)
-    for _ in range(2):
-        losses = step()
-    assert finite and all(v.isfinite() for v in losses.values())
-    ours = weights(networks)
-    networks.load_state_dict(start)
-    optimizers, rng = script.init_optimizers(args, networks), torch.Generator().manual_seed(args.seed)
-    networks.requires_grad_(True)
-    for _ in range(2):
-        reference_step(script, args, networks, optimizers, rng, noise(args))
-    assert_same_course(start, ours, weights(networks), optimizers["generator"].param_groups[0]["lr"])
-
-
-def test_the_hinge_loss_keeps_its_gradient(script):
-    """Slopes drawn to 1 (`--penalty rms`) bring the logits of this test to -100 or 1,000, and G's loss to 0."""
-    _, _, step, _ = setup(script, hinge=True, lr=1e-3, lr_schedule="constant", width=1 / 16)
-    for _ in range(75 if script.SCRIPT == "gngan_resnet" else 150):
-        losses = step()
-    assert losses["generator"] > 1e-3 and 0.5 < losses["gradient_penalty"] < 1
-
-
+# ---------------------------------------------------------------------------------------- updates and defaults
 @pytest.mark.parametrize("updates", ["both", "separate", "encoder"])
+@every
 def test_what_the_autoencoder_update_trains(script, updates):
     """One Adam a network, or a second one for G; the reconstruction moves G unless E alone is trained."""
-    args, networks, step, _ = setup(script, autoencoder_updates=updates, lambda_m1=0.0, lambda_m2=0.0)
-    optimizers = script.init_optimizers(args, networks)
+    args = script.resolve(script.Args(width=1 / 32, latent_dim=8, batch_size=6, autoencoder_updates=updates))
+    networks, optimizers, _, step = parts(script, args, CPU)
     names = {id(p): n.split(".")[0] for n, p in networks.named_parameters()}
     trained = {k: {names[id(p)] for p in o.param_groups[0]["params"]} for k, o in optimizers.items()}
     expected = {"discriminator": {"discriminator"}, "generator": {"generator"}, "encoder": {"encoder"}}
     assert trained == expected | ({"reconstruction": {"generator"}} if updates == "separate" else {})
-    rng = torch.Generator().manual_seed(args.seed)
-    finite, alpha = torch.tensor(True), torch.tensor(args.alpha)
-    script.make_train_step(args, networks, optimizers, rng)(noise(args), alpha, finite)
+    step(noise(args))
     steps = {k: int(next(iter(o.state.values()))["step"]) for k, o in optimizers.items()}
     assert steps["generator"] == (2 if updates == "both" else 1) and steps["encoder"] == 1
     assert steps.get("reconstruction", 1) == 1
 
 
-def test_schedules(script):
-    args = script.resolve(script.Args(lr_schedule="linear", lr=0.1, iterations=100, alpha_schedule="falling"))
-    assert [script.learning_rate(args, t) for t in (0, 50, 75, 99)] == pytest.approx([0.05, 0.05, 0.025, 0.001])
-    shares = [script.reconstruction_share(args, t) for t in (0, 50, 60, 75, 99)]
-    assert shares == pytest.approx([0.05, 0.05, 0.03, 0, 0])
-    args = dataclasses.replace(args, lr_schedule="constant", alpha_schedule="constant")
-    assert script.learning_rate(args, 99) == 0.1 and script.reconstruction_share(args, 99) == 0.05
-
-
+@every
 def test_defaults(script):
     resolved = script.resolve(script.Args())
     assert (resolved.batch_size, resolved.lr, resolved.alpha, resolved.latent_dim) == (64, 2e-4, 0.05, 128)
@@ -490,21 +392,22 @@ def test_defaults(script):
     assert script.resolve(script.Args(dataset="stl10")).image_size == 48
     assert script.resolve(script.Args(autoencoder=False)).lambda_p == 0
     assert not script.resolve(script.Args(distgan=True)).gradient_matching
-    for hinge, given, penalty in ((False, None, "rms"), (True, None, "reversed"), (True, "l2", "l2")):
+    for hinge, given, penalty in ((False, "auto", "rms"), (True, "auto", "reversed"), (True, "l2", "l2")):
         assert script.resolve(script.Args(hinge=hinge, penalty=given)).penalty == penalty
 
 
-def test_cnn_defaults():
-    import gngan_cnn as script
+@each("gngan_cnn")
+def test_cnn_defaults(script):
     assert script.resolve(script.Args()).iterations == 350_000
     assert script.resolve(script.Args(hinge=True)).iterations == 200_000
     assert (script.Args().beta1, script.Args().beta2) == (0.5, 0.9)
 
 
-def test_resnet_defaults():
-    import gngan_resnet as script
+@each("gngan_resnet")
+def test_resnet_defaults(script):
     resolved = script.resolve(script.Args())
-    assert resolved.iterations == 200_000 and resolved.hinge and resolved.lr_schedule == "linear"
+    assert resolved.iterations == 200_000 and resolved.hinge and resolved.lr_schedule == "second-half"
     assert (resolved.beta1, resolved.beta2) == (0, 0.9)
     rates = [script.learning_rate(resolved, t) for t in (0, 100_000, 150_000, 199_999)]
     assert rates == pytest.approx([1e-4, 1e-4, 5e-5, 1e-9])
+    assert script.learning_rate(script.Args(lr_schedule="constant"), 199_999) == 2e-4

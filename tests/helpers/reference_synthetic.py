@@ -21,7 +21,7 @@ class Reference:
             linear = nn.Linear(*params[f"w{k}"].shape, dtype=params[f"w{k}"].dtype)
             with torch.no_grad():
                 linear.weight.copy_(params[f"w{k}"].T)
-                linear.bias.copy_(params[f"b{k}"][0])
+                linear.bias.copy_(params[f"b{k}"])
             layers += [linear, nn.ReLU()]
         return nn.Sequential(*layers[:-1])
 
@@ -66,15 +66,21 @@ class Reference:
         grad, = torch.autograd.grad(score.sum(), x, create_graph=True)
         return score, grad
 
-    def minimise(self, name, nets, loss):
-        if name not in self.optimisers:
-            parameters = [p for n in nets for p in self.nets[n].parameters()]
-            adam = torch.optim.Adam(parameters, self.args.lr, (self.args.beta1, self.args.beta2))
-            self.optimisers[name] = (adam, parameters)
-        optimiser, parameters = self.optimisers[name]
+    def minimise(self, loss, *names):
+        """A step of each named Adam; each has its network's name, but for `reconstruction`, G's second."""
+        nets = [self.nets["generator" if name == "reconstruction" else name] for name in names]
+        parameters = [p for net in nets for p in net.parameters()]
         for p, g in zip(parameters, torch.autograd.grad(loss, parameters)):
             p.grad = g
-        optimiser.step()
+        for name, net in zip(names, nets):
+            if name not in self.optimisers:
+                betas = (self.args.beta1, self.args.beta2)
+                self.optimisers[name] = torch.optim.Adam(net.parameters(), self.args.lr, betas)
+            self.optimisers[name].step()
+
+    def autoencoder_step(self, loss):
+        self.minimise(loss, *{"both": ["encoder", "generator"], "encoder": ["encoder"],
+                              "separate": ["encoder", "reconstruction"]}[self.args.autoencoder_updates])
 
     def step(self, batch):
         """One iteration; batch: x, z [K, B, dim], mix [K, B, 1], noise [K, B, dim]."""
@@ -84,22 +90,20 @@ class Reference:
 
     def gngan(self, x, z, mix, noise=None):
         a = self.args
-        trained = ["encoder", "generator"] if a.autoencoder_updates == "both" else ["encoder"]
-        error = (x[0] - self.G(self.E(x[0]))) ** 2
-        self.minimise("autoencoder", trained, error.mean() if a.reconstruction == "mean" else error.sum(1).mean())
+        self.autoencoder_step(((x[0] - self.G(self.E(x[0]))) ** 2).mean())
         for xk, zk, mk in zip(x, z, mix):
             with torch.no_grad():
                 reconstruction, fake = self.G(self.E(xk)), self.G(zk)
             v_d = ((1 - a.alpha) * self.log_D(xk).mean() + a.alpha * self.log_D(reconstruction).mean()
                    + self.log_not_D(fake).mean() - a.lambda_p * self.penalty(xk, fake, mk))
-            self.minimise("discriminator", ["discriminator"], -v_d)
+            self.minimise(-v_d, "discriminator")
         x, z = x[0], z[0]
         fake = self.G(z)
         (score_x, grad_x), (score_f, grad_f) = self.score_gradient(x), self.score_gradient(fake)
         v_g = (score_x.mean() - score_f.mean()).abs()
         v_g = v_g + a.lambda_m1 * (grad_x.norm(dim=1).mean() - grad_f.norm(dim=1).mean()) ** 2
         v_g = v_g + a.lambda_m2 * ((grad_x * x).sum(1).abs().mean() - (grad_f * fake).sum(1).abs().mean()) ** 2
-        self.minimise("generator", ["generator"], v_g)
+        self.minimise(v_g, "generator")
 
     def distgan(self, x, z, mix, noise=None):
         a = self.args
@@ -111,30 +115,29 @@ class Reference:
         else:
             error = ((x[0] - reconstruction) ** 2).sum(1).mean()
             data = (x[0] - fake).mean()
-        trained = ["encoder", "generator"] if a.autoencoder_updates == "both" else ["encoder"]
-        self.minimise("autoencoder", trained, error + a.lambda_r * (data - (code - z[0]).mean()) ** 2)
+        self.autoencoder_step(error + a.lambda_r * (data - (code - z[0]).mean()) ** 2)
         for xk, zk, mk in zip(x, z, mix):
             with torch.no_grad():
                 reconstruction, fake = self.G(self.E(xk)), self.G(zk)
-            label = self.log_D if a.distgan_reconstruction == "real" else self.log_not_D
-            loss = -0.5 * self.log_D(xk).mean() - 0.5 * label(reconstruction).mean() - self.log_not_D(fake).mean()
-            self.minimise("discriminator", ["discriminator"], loss + a.lambda_p * self.penalty(xk, fake, mk))
-        self.minimise("generator", ["generator"], (self.D(x[0]).mean() - self.D(self.G(z[0])).mean()).abs())
+            reals = 0.5 * self.log_D(xk).mean() + 0.5 * self.log_D(reconstruction).mean()
+            loss = -reals - self.log_not_D(fake).mean() + a.lambda_p * self.penalty(xk, fake, mk)
+            self.minimise(loss, "discriminator")
+        self.minimise((self.D(x[0]).mean() - self.D(self.G(z[0])).mean()).abs(), "generator")
 
     def gan(self, x, z, mix, noise=None):
         s = self.args.label_smoothing
         for xk, zk in zip(x, z):
             fake = self.G(zk).detach()
             loss = -(1 - s) * self.log_D(xk).mean() - s * self.log_not_D(xk).mean() - self.log_not_D(fake).mean()
-            self.minimise("discriminator", ["discriminator"], loss)
-        self.minimise("generator", ["generator"], -self.log_D(self.G(z[0])).mean())
+            self.minimise(loss, "discriminator")
+        self.minimise(-self.log_D(self.G(z[0])).mean(), "generator")
 
     def wgangp(self, x, z, mix, noise=None):
         for xk, zk, mk in zip(x, z, mix):
             fake = self.G(zk).detach()
             loss = self.logit(fake).mean() - self.logit(xk).mean() + self.args.lambda_p * self.penalty(xk, fake, mk)
-            self.minimise("discriminator", ["discriminator"], loss)
-        self.minimise("generator", ["generator"], -self.logit(self.G(z[0])).mean())
+            self.minimise(loss, "discriminator")
+        self.minimise(-self.logit(self.G(z[0])).mean(), "generator")
 
     def ali(self, x, z, mix, noise):
         s = self.args.label_smoothing
@@ -142,10 +145,10 @@ class Reference:
             encoded, generated = torch.cat([xk, self.posterior(xk, nk)[0]], 1), torch.cat([self.G(zk), zk], 1)
             loss = -(1 - s) * self.log_D(encoded).mean() - s * self.log_not_D(encoded).mean()
             loss = loss - self.log_not_D(generated).mean()
-            self.minimise("discriminator", ["discriminator"], loss)
+            self.minimise(loss, "discriminator")
         encoded, generated = torch.cat([x[0], self.posterior(x[0], noise[0])[0]], 1), torch.cat([self.G(z[0]), z[0]], 1)
         loss = -self.log_not_D(encoded).mean() - self.log_D(generated).mean()
-        self.minimise("autoencoder", ["encoder", "generator"], loss)
+        self.minimise(loss, "encoder", "generator")
 
     def kl(self, mean, log_var):
         variance = torch.exp(log_var)
@@ -158,21 +161,21 @@ class Reference:
         def feature(y):
             return 0.5 * ((self.features(x[0]) - self.features(y)) ** 2).sum(1).mean()
 
-        self.minimise("encoder", ["encoder"], a.vaegan_kl * self.kl(mean, log_var) + feature(self.G(code)))
+        self.minimise(a.vaegan_kl * self.kl(mean, log_var) + feature(self.G(code)), "encoder")
         reconstruction = self.G(self.posterior(x[0], noise[0])[0])
         loss = a.vaegan_gamma * feature(reconstruction)
         loss = loss - self.log_D(reconstruction).mean() - self.log_D(self.G(z[0])).mean()
-        self.minimise("generator", ["generator"], loss)
+        self.minimise(loss, "generator")
         for xk, zk, nk in zip(x, z, noise):
             reconstruction, fake = self.G(self.posterior(xk, nk)[0]).detach(), self.G(zk).detach()
             loss = -self.log_D(xk).mean() - self.log_not_D(reconstruction).mean() - self.log_not_D(fake).mean()
-            self.minimise("discriminator", ["discriminator"], loss)
+            self.minimise(loss, "discriminator")
 
     def vae(self, x, z, mix, noise, beta=1.0):
         code, mean, log_var = self.posterior(x[0], noise[0])
         likelihood = torch.distributions.Normal(self.G(code), self.args.vae_sigma)
         negative = -likelihood.log_prob(x[0]).sum(1).mean()
-        self.minimise("autoencoder", ["encoder", "generator"], negative + beta * self.kl(mean, log_var))
+        self.minimise(negative + beta * self.kl(mean, log_var), "encoder", "generator")
 
     def betavae(self, x, z, mix, noise):
         self.vae(x, z, mix, noise, self.args.vae_beta)

@@ -1,11 +1,12 @@
 """Speed and memory of gngan_synthetic.py against a plain eager loop, in one sitting:
 
-    python tests/benchmark_synthetic.py
+    python tests/benchmarks/synthetic.py             # of a fork: with its name, e.g. my_gan
 
-The plain loop (tests/reference_synthetic.py: nn.Sequential, autograd with double backward, torch.optim.Adam) trains
+The plain loop (tests/helpers/reference_synthetic.py: nn.Sequential, autograd with double backward, torch.optim.Adam) trains
 one seed; eight of its runs one after the other give the time that the script's eight seeds at once are compared with.
 The two take turns, so that a machine whose speed drifts favours neither.
 """
+import importlib
 import pathlib
 import resource
 import subprocess
@@ -15,11 +16,11 @@ import time
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 from reference_synthetic import Reference
 
-import gngan_synthetic as script
+script = importlib.import_module((sys.argv[1:] or ["gngan_synthetic"])[0].removesuffix(".py"))
 
 SEEDS, ROUNDS = 8, 5
 PROTOCOL = 500 * 391
@@ -33,23 +34,23 @@ def rate(step, batches):
 
 
 def main():
-    args = script.resolve(script.Args(), "gngan")
-    generators = [torch.Generator().manual_seed(s) for s in range(SEEDS)]
-    state = script.init_state(args, generators, torch.device("cpu"))
-    draws = script.draw_epoch(script.make_data(2)[0], generators, args)
+    args = script.resolve(script.Args(num_seeds=SEEDS), "gngan")
+    networks = script.init_networks(args, torch.device("cpu"))
+    optimizers, lr = script.init_optimizers(args, networks), torch.tensor(args.lr)
+    draws = script.draw_epoch(args, 0)
     batches = [{k: v[i] for k, v in draws.items()} for i in range(len(draws["x"]))]
     single = [{k: v[:, 0] for k, v in batch.items()} for batch in batches[:150]]
-    plain = Reference(args, {n: {k: v[0] for k, v in p.items()} for n, p in state["networks"].items()})
-    eager = script.make_train_step(args)
-    compiled = torch.compile(script.make_train_step(args), fullgraph=True, dynamic=False)
+    plain = Reference(args, {n: {k: v[0] for k, v in p.items()} for n, p in networks.items()})
+    eager = script.make_train_step(args, networks, optimizers, lr)
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     start = time.perf_counter()
-    compiled(state, batches[0])
+    compiled(batches[0])
     first = time.perf_counter() - start
     rate(plain.step, single[:10])
     ratios, rows = [], []
     for _ in range(ROUNDS):
-        rows.append((rate(plain.step, single), rate(lambda b: eager(state, b), batches[:100]),
-                     rate(lambda b: compiled(state, b), batches)))
+        rows.append((rate(plain.step, single), rate(eager, batches[:100]),
+                     rate(compiled, batches)))
         ratios.append(rows[-1][2] * SEEDS / rows[-1][0])
     median = [sorted(column)[ROUNDS // 2] for column in zip(*rows)]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {ROUNDS} rounds")

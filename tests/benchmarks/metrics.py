@@ -1,16 +1,17 @@
-"""FID and IS by common.metrics beside torch-fidelity's calculate_metrics: the same images, the same weights, one run.
+"""All scores by common.metrics beside torch-fidelity's calculate_metrics: the same images, the same weights, one run.
 
-    python tests/benchmark_metrics.py --num-real 10000 --num-fake 5000
+    python tests/benchmarks/metrics.py --num-real 10000 --num-fake 5000
 
 The weights are random and the images noise: neither changes the time (that the scores agree on images that differ is
-tested in test_common.py).
+tested in test_metrics.py).
 """
 import pathlib
 import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 import make_data
 import torch
 import torch_fidelity
@@ -43,7 +44,9 @@ def main(num_real: int = 10000, num_fake: int = 5000, size: int = 32):
         begin = time.perf_counter()
         theirs = torch_fidelity.calculate_metrics(
             input1=make_data.Images(images[1]), input2=make_data.Images(images[0]), fid=True, isc=True,
-            cuda=device.type == "cuda", verbose=False, cache=False, feature_extractor_weights_path=str(weights))
+            kid=True, prc=True, kid_subset_size=min(1000, num_real, num_fake), cuda=device.type == "cuda",
+            verbose=False, cache=False, feature_extractor="inception-v3-compat", feature_layer_prc="2048",
+            feature_extractor_weights_path=str(weights))
         fid = theirs["frechet_inception_distance"]
         print(f"torch-fidelity: {time.perf_counter() - begin:.1f} s; FID {fid:.6f}, "
               f"IS {theirs['inception_score_mean']:.6f}; FIDs differ by {abs(ours['fid'] - fid):.1e}")

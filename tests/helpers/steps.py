@@ -1,25 +1,24 @@
 """A small training step of an image script, to be called directly."""
 import torch
+from scripts import model
 
 TINY = {"width": 1 / 32, "latent_dim": 8, "batch_size": 6}
+CPU = torch.device("cpu")
 
 
 def setup(script, **kwargs):
-    """Arguments, networks, `step()` for one iteration on a fixed mini-batch of noise, and its flag `finite`."""
+    """Arguments, networks and `step(images)`, one iteration; without images on a fixed mini-batch of noise."""
     args = script.resolve(script.Args(**{**TINY, **kwargs}))
-    networks, _, _, step, given = parts(script, args, torch.device("cpu"))
-    return args, networks, lambda: step(*given), given[-1]
+    networks, _, _, step = parts(script, args, CPU)
+    return args, networks, lambda images=None: step(noise(args) if images is None else images)
 
 
 def parts(script, args, device):
-    """Networks, optimisers, draws, train_step and what it takes: images, for GN-GAN alpha, the flag `finite`."""
+    """Networks, optimisers, the generator of draws, train_step."""
     networks = script.init_networks(args, device)
     optimizers = script.init_optimizers(args, networks)
     rng = torch.Generator(device).manual_seed(args.seed)
-    finite = torch.tensor(True, device=device)
-    fixed = (torch.tensor(args.alpha, device=device), finite) if script.SCRIPT.startswith("gngan") else (finite,)
-    return networks, optimizers, rng, script.make_train_step(args, networks, optimizers, rng), (
-        noise(args).to(device), *fixed)
+    return networks, optimizers, rng, script.make_train_step(args, networks, optimizers, rng)
 
 
 def noise(args, seed=9):
@@ -32,9 +31,14 @@ def weights(networks):
     return {k: v.clone() for k, v in networks.state_dict().items()}
 
 
+def vector(state):
+    """All weights and buffers of a state_dict as one vector."""
+    return torch.cat([v.flatten() for v in state.values() if v.is_floating_point()])
+
+
 def plain_descent(script):
     """Optimisers whose steps show the gradients' size; Adam's first ones have the size of lr whatever it is."""
-    adam, lr = script.init_optimizers, {"gngan_resnet": 1e-3, "mmgan_igan": 1e-3}.get(script.SCRIPT, 0.1)  # steep D
+    adam, lr = script.init_optimizers, {"gngan_resnet": 1e-3, "mmgan_igan": 1e-3}.get(model(script), 0.1)  # steep D
     return lambda args, networks: {name: torch.optim.SGD(o.param_groups[0]["params"], lr=lr)
                                    for name, o in adam(args, networks).items()}
 
@@ -57,9 +61,8 @@ def assert_same_course(start, ours, theirs, lr):
         change, error = (torch.cat([(w[k] - start[k]).flatten() for k in keys]) for w in (ours, theirs))
         error = error - change
         assert change.norm() > 1e-3 * lr and error.norm() < 0.02 * change.norm(), network
-    tracked = [k for k in ours if k.startswith("generator.") and k.endswith("num_batches_tracked")]
-    virtual = len(ours.get("generator.reference", ()))  # virtual batch norm has no running statistics
-    assert (tracked or virtual) and all(ours[k] == theirs[k] == 2 for k in tracked)
+    for k in ours:  # G's running statistics take in one batch an iteration
+        assert not k.endswith(".running_weight") or ours[k] == theirs[k] > 0
 
 
 def shapes(module, *inputs):

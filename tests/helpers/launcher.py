@@ -1,40 +1,47 @@
 """Runs a script as `python SCRIPT ...` does, in a process of its own with its own signals, files and exit status, but
 forked from a process that has PyTorch imported: a start takes a tenth of a second instead of five."""
+import atexit
 import multiprocessing
 import os
 import pathlib
 import resource
 import runpy
+import socket
 import sys
 import tempfile
+import time
 
-os.environ["OMP_NUM_THREADS"] = "1"  # networks this small only lose by waiting for each other
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch.utils.tensorboard", "torchvision.utils", "torchvision.datasets", "tyro", "tqdm",
                                 "matplotlib.pyplot", "torch_fidelity", "launcher"])
 
 
 def main(script, arguments, folder, file_limit, environment):
+    os.environ.update(environment)
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     for number, name in ((1, "out"), (2, "err")):
         descriptor = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding=encoding) for n in (1, 2))
     if file_limit:  # no file may grow beyond this: what a full disk does
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    os.environ.update(environment)
     sys.argv = [str(ROOT / script), *arguments]
     sys.path[0:0] = [str(ROOT)]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing would end without
 
 
 class Process:
-    """The part of subprocess.Popen's interface that the tests use."""
+    """The part of subprocess.Popen's interface that the tests use. `script`: a module or its file's name."""
 
     def __init__(self, script, *arguments, file_limit=0, environment=None):
         self.folder = tempfile.TemporaryDirectory()
         arguments = [str(a) for a in arguments]
+        script = script if isinstance(script, str) else f"{script.SCRIPT}.py"
         self.process = context.Process(target=main, daemon=True, args=(script, arguments, self.folder.name, file_limit,
                                                                        environment or {}))
         self.process.start()
@@ -57,7 +64,7 @@ class Process:
 
     def read(self, name):
         path = pathlib.Path(self.folder.name, name)
-        return path.read_text() if path.exists() else ""
+        return path.read_text(errors="replace") if path.exists() else ""
 
 
 def run(script, *arguments, status=0, **kwargs):
@@ -66,3 +73,23 @@ def run(script, *arguments, status=0, **kwargs):
     out, err = process.communicate()
     assert process.returncode == status, err
     return out, err
+
+
+def start_together(count, script, *arguments):
+    """The processes that `torchrun --nproc-per-node COUNT SCRIPT ...` starts, with the environment that it gives."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+              "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [Process(script, *arguments, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(count)]
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait until condition() is true, while the process runs."""
+    start = time.time()
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.time() < start + seconds, "no progress"
+        time.sleep(0.005)

@@ -1,13 +1,15 @@
 """Speed of image scripts' training steps: iterations and images a second, operations a second, peak memory.
 
-    python tests/benchmark_images.py --tests --seconds 3    # on a GPU: its tests and all four scripts, in nine minutes
-    python tests/benchmark_images.py gngan_cnn.py --width 0.25
+    python tests/benchmarks/images.py --tests --seconds 3   # on a GPU: its tests and all four scripts
+    python tests/benchmarks/images.py --script gngan_cnn --width 0.25
+    python tests/benchmarks/images.py --script gngan_cnn my_gan=gngan_cnn     # a fork beside its model
 
 Each row is a process of its own, so that its peak memory is its own; the rows run one after the other, so that their
 ratios are those of one sitting. Operations are counted by torch's FlopCounterMode (2 a multiply-add). On a GPU the
 rows are eager, graph and compile+graph in TF32 and bf16, and the floor is the time that the operations would take at
 the rate of a large matrix product; what is compiled is compiled beforehand, all at once, and kept in PyTorch's cache.
-Meanwhile --tests runs tests/test_cuda.py, a process for each script.
+Meanwhile --tests runs tests/test_cuda.py, a process for each script. The four scripts with --tests take more than
+nine minutes; two take less.
 """
 import contextlib
 import importlib
@@ -20,15 +22,18 @@ import time
 from dataclasses import dataclass
 from typing import Optional
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "helpers")]
 import torch
 import tyro
-from steps import parts
+from scripts import IMAGES
+from steps import noise, parts
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
+
 CPU_ROWS = {
-    "eager": {"precision": "fp32", "channels_last": False},
-    "channels_last": {"precision": "fp32"},
+    "eager": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
     "compile": {"precision": "fp32", "compile": True},
     "compile bf16": {"precision": "bf16", "compile": True},
@@ -40,9 +45,8 @@ CUDA_ROWS = {f"{name} {precision}": {"precision": precision, **switches} for pre
 
 @dataclass
 class Args:
-    scripts: tyro.conf.Positional[tuple[str, ...]] = ("gngan_cnn.py", "gngan_resnet.py", "mmgan_dcgan.py",
-                                                      "mmgan_igan.py")
-    """Image scripts."""
+    script: tuple[str, ...] = tuple(IMAGES)
+    """Image scripts, a fork as FORK=MODEL."""
     width: float = 1.0
     batch_size: Optional[int] = None
     """Default: the script's own."""
@@ -60,7 +64,7 @@ class Args:
 
 def script_args(script, args, **switches):
     """The module of a script and its arguments for a benchmark."""
-    module = importlib.import_module(pathlib.Path(script).stem)
+    module = importlib.import_module(script.partition("=")[0])
     given = {k: getattr(args, k) for k in ("batch_size", "dataset") if getattr(args, k) is not None}
     return module, module.resolve(module.Args(width=args.width, **given, **switches))
 
@@ -80,11 +84,12 @@ class NoModules:
 def setup(script, args, **switches):
     """One iteration as a function of nothing, and its device."""
     script, resolved = script_args(script, args, **switches)
-    device = script.choose_device(resolved)
-    networks, optimizers, rng, step, given = parts(script, resolved, device)
+    device = common.choose_device("auto", resolved.precision != "fp32", deterministic=False)
+    networks, optimizers, rng, step = parts(script, resolved, device)
+    images = noise(resolved).to(device)
     if device.type == "cuda" and resolved.cuda_graph:
-        step = script.GraphedStep(step, networks, optimizers, rng, *given)
-    return lambda: step(*given), device
+        step = script.GraphedStep(step, networks, optimizers, rng, images)
+    return lambda: step(images), device
 
 
 def synchronize(device):
@@ -179,15 +184,15 @@ def start(script, args, switches, seconds):
     """A process for one row, which prints its result as JSON."""
     given = [v for name in ("width", "batch_size", "dataset") if getattr(args, name) is not None
              for v in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    return subprocess.Popen([sys.executable, __file__, script, *given, "--seconds", str(seconds), "--row",
+    return subprocess.Popen([sys.executable, __file__, "--script", script, *given, "--seconds", str(seconds), "--row",
                              json.dumps(switches)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def start_tests(script):
     """A process for the tests of one script on a GPU."""
-    tests = pathlib.Path(__file__).with_name("test_cuda.py")
-    command = [sys.executable, "-m", "pytest", tests, "-k", pathlib.Path(script).stem, "-rfE", "--tb=short"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    script = script if "=" in script else f"{script}={script}"
+    command = [sys.executable, "-m", "pytest", TESTS / "test_cuda.py", "--script", script, "-rfE", "--tb=short"]
+    return subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def table(script, args, rows, device, floor, end):
@@ -212,12 +217,13 @@ def table(script, args, rows, device, floor, end):
         print(f"{row:20s}failed: {err.strip().splitlines()[-1]}", flush=True)
     if time.perf_counter() > end:
         return
-    if script.startswith("gngan"):
+    model = script.partition("=")[2] or script
+    if model.startswith("gngan"):
         plain, matching = generator_update(script, args, device)
         print(f"G's update: {plain * 1e3:.1f} ms without gradient matching, {matching * 1e3:.1f} ms with: "
               f"{matching / plain:.2f} times (the paper's: 53 / 43 = 1.23)")
     else:
-        baseline = True if script == "mmgan_dcgan.py" else "feature-matching"
+        baseline = True if model == "mmgan_dcgan" else "feature-matching"
         base, step = in_turn([setup(script, args, baseline=baseline)[0], setup(script, args)[0]], device)
         print(f"Step: {base * 1e3:.1f} ms of the baseline with one step of G, {step * 1e3:.1f} ms of MMGAN: "
               f"{step / base:.2f} times")
@@ -228,7 +234,7 @@ def main():
     cuda = torch.cuda.is_available()
     rows = CUDA_ROWS if cuda else CPU_ROWS
     if args.row:
-        return print(json.dumps(measure(args.scripts[0], args, **json.loads(args.row))))
+        return print(json.dumps(measure(args.script[0], args, **json.loads(args.row))))
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, PyTorch {torch.__version__}")
@@ -237,15 +243,15 @@ def main():
         torch.backends.cuda.matmul.allow_tf32 = True
         floor = {p: matrix_rate(device, d) for p, d in (("tf32", torch.float32), ("bf16", torch.bfloat16))}
         print(", ".join(f"matrix product in {p}: {r / 1e12:.0f} TFLOP/s" for p, r in floor.items()), flush=True)
-    tests = [start_tests(script) for script in args.scripts if args.tests]  # after the floor, which they would disturb
+    tests = [start_tests(script) for script in args.script if args.tests]  # after the floor, which they would disturb
     if cuda:
-        compiling = [start(script, args, switches, 0) for script in args.scripts for switches in rows.values()
+        compiling = [start(script, args, switches, 0) for script in args.script for switches in rows.values()
                      if switches.get("compile")]
         for process in compiling:
             process.communicate()
-    for script, process in zip(args.scripts, tests):
+    for script, process in zip(args.script, tests):
         print(f"tests of {script} on a GPU: {process.communicate()[0].strip()}", flush=True)
-    for script in args.scripts:
+    for script in args.script:
         table(script, args, rows, device, floor, begin + args.limit)
     return max((abs(process.returncode) for process in tests), default=0)
 

@@ -1,0 +1,246 @@
+"""common.metrics: every score against torch-fidelity's own, several processes, the figure of runs."""
+import json
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+
+import make_data
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from common import UserError, metrics
+
+FORK = multiprocessing.get_context("fork")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_frechet_distance_is_torch_fidelitys():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(n, 64)) @ rng.normal(size=(64, 64)) + rng.normal(size=64) for n in (300, 200))
+    ours = metrics.frechet_distance(*metrics.moments(torch.tensor(a)), *metrics.moments(torch.tensor(b)))
+    theirs = fid_statistics_to_metric(*(fid_features_to_statistics(torch.tensor(x)) for x in (a, b)), False)
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
+def test_frechet_distance_of_known_gaussians():
+    mean, covariance = torch.tensor([1.0, -2.0]).double(), torch.diag(torch.tensor([4.0, 9.0])).double()
+    assert metrics.frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-9)
+    # |m1 - m2|^2 + sum (s1 - s2)^2 for diagonal covariances
+    assert metrics.frechet_distance(mean, covariance, mean * 0, torch.eye(2).double()) == pytest.approx(5 + 1 + 4)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return make_data.inception_weights(tmp_path_factory.mktemp("weights") / "inception.pth")
+
+
+def images(count, seed=0):
+    return torch.from_numpy(make_data.pictures(count, seed=seed)).permute(0, 3, 1, 2).contiguous()
+
+
+def in_turn(source):
+    """A sample function that hands out `source` from its beginning on."""
+    position = 0
+
+    def sample(n):
+        nonlocal position
+        position += n
+        return source[position - n : position]
+
+    return sample
+
+
+SCORES = {"fid": "frechet_inception_distance", "kid_mean": "kernel_inception_distance_mean",
+          "kid_std": "kernel_inception_distance_std", "is_mean": "inception_score_mean",
+          "is_std": "inception_score_std", "precision": "precision", "recall": "recall"}
+
+
+def test_scores_are_torch_fidelitys(weights, monkeypatch, capfd):
+    real, fake = images(16), images(12, seed=5)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=make_data.Images(fake), input2=make_data.Images(real), isc=True, kid=True, prc=True,
+        kid_subset_size=12, feature_extractor="inception-v3-compat", feature_layer_prc="2048", cuda=False,
+        verbose=False, batch_size=8, cache=False, save_cpu_ram=True, feature_extractor_weights_path=str(weights))
+    evaluator = metrics.Evaluator(real, 10_000, str(weights), "cpu")  # all 16, since there are no more
+    features = [evaluator.features(x)[0].double() for x in (fake, real)]
+    basis = torch.linalg.qr(torch.cat(features).T).Q  # [2048, 28]: in its coordinates the same distance, found sooner
+    theirs |= fid_statistics_to_metric(*(fid_features_to_statistics(x @ basis) for x in features), False)
+    capfd.readouterr()
+    ours = evaluator.score(in_turn(fake), 12, batch_size=5)
+    assert list(ours) == list(SCORES) and all(type(value) is float for value in ours.values())
+    for key, name in SCORES.items():
+        assert ours[key] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), key
+    out, err = capfd.readouterr()
+    assert not out and "Kernel" not in err and "Precision" not in err
+    monkeypatch.setattr(metrics.Evaluator, "features", None)  # a second start reads the real features from the disk
+    monkeypatch.setattr(metrics, "matrix_root", lambda covariance: None)  # seconds
+    again = metrics.Evaluator(real, 16, str(weights), "cpu")
+    assert torch.equal(again.covariance, evaluator.covariance)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """An Evaluator whose features are 2048 fixed sums of the pixels, its logits half of them, its FID without roots."""
+    projection = torch.randn(3 * 32 * 32, 2048, generator=torch.Generator().manual_seed(0)) / 10000
+
+    def features(self, batch):
+        rows = batch.flatten(1).float() @ projection
+        return rows, rows[:, :1008]
+
+    monkeypatch.setattr(metrics, "matrix_root", lambda covariance: None)
+    monkeypatch.setattr(metrics, "frechet_distance", lambda mean1, cov1, mean2, cov2, root1: (
+        (mean1 - mean2).square().sum() + (cov1 - cov2).trace()).item())
+    monkeypatch.setattr(metrics, "load_inception", lambda path, downloaded: torch.nn.Identity())
+    monkeypatch.setattr(metrics.Evaluator, "features", features)
+    return lambda real, num_real=10_000: metrics.Evaluator(real, num_real, os.devnull, "cpu")
+
+
+def test_two_images_are_enough(quick):
+    scores = quick(images(2)).score(in_turn(images(5, seed=1)), 5)
+    assert np.isfinite(list(scores.values())).all()
+    with pytest.raises(UserError, match="two real images or more"):
+        quick(images(1))
+
+
+def test_scores_of_different_numbers(quick):
+    """The Inception Score of more images than the others, and of fewer."""
+    evaluator, fake = quick(images(30)), images(40, seed=1)
+    few, many = evaluator.score(in_turn(fake), 20), evaluator.score(in_turn(fake), 40)
+    mixed = evaluator.score(in_turn(fake), 20, num_is=40, batch_size=7)
+    other = evaluator.score(in_turn(fake), 40, num_is=20, batch_size=7)
+    for key in SCORES:
+        assert mixed[key] == pytest.approx((many if key.startswith("is") else few)[key], rel=1e-5)
+        assert other[key] == pytest.approx((few if key.startswith("is") else many)[key], rel=1e-5)
+
+
+def test_a_stop_while_scoring(quick):
+    sampled, answers = [], iter([False, False, True])
+    scores = quick(images(30)).score(lambda n: sampled.append(n) or images(n), 50, stop=lambda: next(answers),
+                                     batch_size=7)
+    assert scores is None
+    assert sampled == [7, 7]
+
+
+def test_features_that_were_cut_are_made_anew(quick, tmp_path):
+    before = quick(images(10)).real
+    cached, = tmp_path.glob("cache/gan-reference/inception-10-*.f32")
+    cached.write_bytes(cached.read_bytes()[:-4])
+    assert torch.equal(quick(images(10)).real, before) and cached.stat().st_size == 10 * 2048 * 4
+
+
+def score_as_process(rank, evaluate, fake, meeting, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    asked = []
+    scores = evaluate().score(in_turn(fake[rank]), 31, num_is=25, stop=lambda: asked.append(1), batch_size=10)
+    results.put((rank, scores, len(asked)))
+    torch.distributed.barrier()
+
+
+def test_two_processes_score_as_one(quick, tmp_path):
+    """Each samples its half, one image more together than are asked for; both have the scores of all."""
+    real, fake, results = images(30), images(32, seed=1), FORK.SimpleQueue()
+    processes = [FORK.Process(target=score_as_process, args=(
+        rank, lambda: quick(real), (fake[:16], fake[16:]), tmp_path / "meeting", results)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    received = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    joined = torch.cat([fake[:16], fake[16:31]])
+    expected = quick(real).score(in_turn(joined), 31)
+    expected |= {k: v for k, v in quick(real).score(in_turn(torch.cat([fake[:13], fake[16:28]])), 25).items()
+                 if k.startswith("is")}
+    for rank, scores, asked in received:
+        assert scores == pytest.approx(expected, rel=1e-5) and asked == 2
+    assert received[0][1] == received[1][1]
+
+
+def test_grey_images_are_scored_as_rgb(weights):
+    evaluator = metrics.Evaluator.__new__(metrics.Evaluator)
+    evaluator.device, evaluator.inception = torch.device("cpu"), metrics.load_inception(weights)
+    grey = torch.from_numpy(make_data.pictures(2, 28, channels=1)).permute(0, 3, 1, 2)
+    assert torch.equal(evaluator.features(grey)[0], evaluator.features(grey.repeat(1, 3, 1, 1))[0])
+
+
+def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
+    """Each reason says something, and the advice is right for training and for --evaluate."""
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, words in (("missing.pth", "No such file"), ("other.pth", r"Missing key\(s\) in state_dict.*Conv2d")):
+        with pytest.raises(UserError, match=f"{name} is not torch-fidelity's Inception weights: .*{words}") as error:
+            metrics.Evaluator(images(4), 4, str(tmp_path / name), "cpu")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    monkeypatch.setattr(metrics, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")
+    for hub, why in (tmp_path / "hub", "no connection"), (pathlib.Path("/dev/null/hub"), "Not a directory"):
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
+        with pytest.raises(UserError, match=f"cannot download the Inception weights.*{why}.*--inception-weights FILE "
+                                            r"\(training alone can go without scores: --eval-every 0\)"):
+            metrics.Evaluator(images(4), 4, None, "cpu")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "hub/checkpoints/weights.pth").write_bytes(b"cut")
+    with pytest.raises(UserError, match="was damaged and is removed"):
+        metrics.Evaluator(images(4), 4, None, "cpu")
+    assert not (tmp_path / "hub/checkpoints/weights.pth").exists()
+
+
+# ------------------------------------------------------------------------------------------ the figure of a score
+def make_run(folder, scores):
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"iteration": i, "fid": score, "kid_mean": score / 100}) + "\n" for i, score in scores.items()]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_the_figure_as_a_program(tmp_path):
+    """With a notebook's backend in the environment, whose module is missing; 150 dpi."""
+    run = make_run(tmp_path / "a", {100: 50.0, 200: 40.0})
+    done = subprocess.run(
+        [sys.executable, "-m", "common.metrics", run, f"b={run}", "--out", tmp_path / "x.png"], cwd=ROOT,
+        env={**os.environ, "MPLBACKEND": "module://missing_inline"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    picture = Image.open(tmp_path / "x.png")
+    assert picture.size == (900, 600) and round(picture.info["dpi"][0]) == 150
+
+
+def test_what_the_figure_shows(tmp_path, monkeypatch):
+    """Runs of one name as their mean and range over the iterations that all have; a name from the folder's."""
+    import matplotlib.axes
+    shown = {"lines": [], "bands": []}
+    plot, fill = matplotlib.axes.Axes.plot, matplotlib.axes.Axes.fill_between
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda self, x, y, **k: [
+        shown["lines"].append((k["label"], list(x), list(y))), plot(self, x, y, **k)][1])
+    monkeypatch.setattr(matplotlib.axes.Axes, "fill_between", lambda self, x, low, high, **k: [
+        shown["bands"].append((list(low), list(high))), fill(self, x, low, high, **k)][1])
+    one = make_run(tmp_path / "one", {100: 50.0, 200: 40.0, 300: 30.0})
+    two = make_run(tmp_path / "lr=2", {100: 70.0, 200: 20.0})
+    metrics.draw([f"GAN={one}", f"GAN={two}", str(two)], tmp_path / "x.pdf", "fid")
+    assert shown["lines"] == [("GAN (mean and range of 2 runs)", [100, 200], [60, 30]), ("lr=2", [100, 200], [70, 20])]
+    assert shown["bands"][0] == ([50, 20], [70, 40]) and (tmp_path / "x.pdf").stat().st_size > 1000
+    metrics.draw([str(one)], tmp_path / "x.png", "kid_mean")
+    assert shown["lines"][-1] == ("one", [100, 200, 300], [0.5, 0.4, 0.3])
+
+
+@pytest.mark.parametrize("runs,out,key,words", [
+    (["a"], "x.png", "recall", "has no 'recall'; it has iteration, fid, kid_mean"),
+    (["a"], "x.jpeg.", "fid", "ends in .png, .pdf or .svg"), (["nowhere"], "x.png", "fid", "cannot read nowhere"),
+    ([], "x.png", "fid", "give the folders"), (["a"], "nowhere/x.png", "fid", "cannot write nowhere/x.png"),
+    (["cut"], "x.png", "fid", "cannot read cut"),
+    (["G=a", "G=b"], "x.png", "fid", "the runs of G have no scored iteration in common")])
+def test_figures_that_cannot_be_drawn(tmp_path, monkeypatch, runs, out, key, words):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "a", {100: 50.0})
+    make_run(tmp_path / "b", {200: 50.0})
+    (make_run(tmp_path / "cut", {}) / "metrics.jsonl").write_text('{"iteration": 1, "fi')
+    with pytest.raises(UserError, match=words) as error:
+        metrics.draw(runs, pathlib.Path(out), key)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,580 @@
+"""The image scripts as users run them: run folders, resuming, kills, signals, errors, scores, generated images."""
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import make_data
+import numpy as np
+import pytest
+import scripts
+import torch
+from launcher import ROOT, Process, run, wait_for
+from make_runs import arguments, checkpoint, events, photos, same_checkpoints, scalars
+from PIL import Image
+from steps import CPU, TINY, noise
+
+import common
+from common import UserError, datasets
+
+each = scripts.each
+CONSTANT = {"gngan_resnet": ["--lr-schedule", "constant"], "mmgan_igan": ["--lr-schedule", "constant"]}
+TOTAL = 60
+LONG = ["--iterations", TOTAL, "--log-every", 5, "--sample-every", 30, "--gradient-every", 30, "--ema", "0.9"]
+
+
+def constant(script):
+    """Flags for a run that can be made longer."""
+    return CONSTANT.get(scripts.model(script), [])
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    return make_data.inception_weights(tmp_path_factory.mktemp("inception") / "inception.pth")
+
+
+@pytest.fixture(scope="module")
+def straight(script, data, tmp_path_factory):
+    """The folder of a run without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(script, *arguments(data, folder, "r", *LONG))
+    return folder / "r"
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+@each()
+def test_the_run_folder(script, data, inception, tmp_path):
+    """Everything that the design promises, scores included; then --evaluate and --generate from it."""
+    photos(tmp_path, 12)
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    out, err = run(script, *arguments(tmp_path / "photos.zip", tmp_path, "r", "--iterations", 4, "--log-every", 2,
+                                      "--sample-every", 2, "--gradient-every", 2, "--lr", "0.01", "--eval-every", 4,
+                                      "--num-fake", 10, "--inception-weights", inception), environment=environment)
+    folder = tmp_path / "r"
+    setting = json.loads((folder / "args.json").read_text())
+    assert setting["script"] == script.SCRIPT and setting["versions"]["torch"] == torch.__version__
+    assert setting["args"]["dataset"] == "folder" and setting["args"]["image_size"] == 32
+    assert setting["args"]["num_real"] == 12 and setting["args"]["iterations"] == 4
+    line, = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert set(line) == {"iteration", "fid", "kid_mean", "kid_std", "is_mean", "is_std", "precision", "recall",
+                         "seconds", "images_per_second"}
+    assert line["iteration"] == 4 and line["fid"] > 0 and line["is_mean"] > 0.999 and line["images_per_second"] > 0
+    assert {p.name for p in folder.iterdir() if "tfevents" not in p.name} == {
+        "args.json", "checkpoint.pt", "generator.pt", "metrics.jsonl", "samples"}
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == ["00000002.png", "00000004.png"]
+    grid = np.asarray(Image.open(folder / "samples/00000004.png"))
+    assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3) and grid.std() > 1
+
+    start, *_, last = out.splitlines()
+    for text in (f"{folder}: folder, 12 images of 32x32, on the CPU", "parameters: generator ", "discriminator ",
+                 f"tensorboard --logdir {folder}"):
+        assert text in start
+    assert last == (f"{folder}: 4 iterations, FID {line['fid']:.2f}, KID {line['kid_mean']:.4f}, "
+                    f"IS {line['is_mean']:.2f} at iteration 4")
+    assert "FID of 12 real images is biased" in err and "look at KID" in err
+    assert "4/4" in err and "it/s" in err and re.search(r"G=-?[\d.e-]+", err)
+
+    board = events(folder)
+    every = ["losses/discriminator", "losses/generator", "losses/score_real", "losses/score_fake",
+             "charts/images_per_second", "charts/learning_rate"]
+    every += [tag for tag in board.Tags()["scalars"] if tag.startswith("gradients/")]
+    assert len(every) >= 6 + 3
+    for tag in every:
+        assert [e.step for e in board.Scalars(tag)] == [2, 4], tag
+        assert all(math.isfinite(e.value) for e in board.Scalars(tag))
+    for name in ("fid", "kid_mean", "is_mean", "precision", "recall"):
+        (event,) = board.Scalars(f"metrics/{name}")
+        assert event.step == 4 and event.value == pytest.approx(line[name], rel=1e-5)
+    assert [e.step for e in board.Images("images/samples")] == [2, 4]
+    assert [e.step for e in board.Images("images/real")] == [0]
+    text = board.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "    lr = 0.01\n" in text and "    dataset = folder\n" in text
+
+    out, _ = run(script, "--evaluate", folder, environment=environment)
+    assert json.loads(out.splitlines()[-1]) == {k: v for k, v in line.items()
+                                                if k not in ("seconds", "images_per_second")}
+
+
+@each(scope="module")
+def test_generating(script, straight, tmp_path):
+    """A folder of PNGs, one array, one grid, of the averaged G; from generator.pt too."""
+    run(script, "--generate", straight, "--num-images", 11, "--out", tmp_path / "png")
+    run(script, "--generate", straight / "generator.pt", "--num-images", 11, "--out", tmp_path / "x.npy")
+    run(script, "--generate", straight / "checkpoint.pt", "--num-images", 11, "--out", tmp_path / "new" / "grid.png")
+    run(script, "--generate", straight, "--num-images", 11, "--seed", 9, "--out", tmp_path / "y.npy")
+    array = np.load(tmp_path / "x.npy")
+    names = sorted(p.name for p in (tmp_path / "png").iterdir())
+    assert array.shape == (11, 32, 32, 3) and array.dtype == np.uint8 and names[-1] == "000010.png"
+    assert np.array_equal(array, np.stack([np.asarray(Image.open(tmp_path / "png" / n)) for n in names]))
+    grid = np.asarray(Image.open(tmp_path / "new/grid.png"))
+    assert grid.shape == (4 * 34 + 2, 3 * 34 + 2, 3) and np.array_equal(grid[2:34, 36:68], array[1])
+    assert not np.array_equal(np.load(tmp_path / "y.npy"), array)
+    saved = torch.load(straight / "generator.pt", weights_only=True)
+    assert saved["iteration"] == TOTAL and {k.split(".")[0] for k in saved["networks"]} == {"generator_ema"}
+    args = script.Args(**saved["args"])
+    sample = script.make_sampler(script.load_generator(args, saved, CPU), args, CPU)
+    assert np.array_equal(sample(11).permute(0, 2, 3, 1).numpy(), array)
+    check_errors(script, [
+        (["png is not empty", "--out"], ["--generate", straight, "--out", tmp_path / "png"]),
+        (["/proc/nowhere", "--out"], ["--generate", straight, "--out", "/proc/nowhere/x.npy"]),
+        (["--num-images is 0"], ["--generate", straight, "--num-images", 0])])
+
+
+@each("mmgan_dcgan")
+def test_grey_images(script, tmp_path):
+    """MNIST's samples have one channel, in the array and as PNGs."""
+    make_data.mnist(tmp_path / "data")
+    run(script, *arguments(tmp_path / "data", tmp_path, "r", "--iterations", 1, "--dataset", "mnist"))
+    for out in ("x.npy", "png"):
+        run(script, "--generate", tmp_path / "r", "--num-images", 3, "--out", tmp_path / out)
+    array, picture = np.load(tmp_path / "x.npy"), Image.open(tmp_path / "png/000001.png")
+    assert array.shape == (3, 28, 28, 1) and picture.mode == "L"
+    assert np.array_equal(np.asarray(picture), array[1, :, :, 0])
+
+
+@each("mmgan_dcgan", "mmgan_igan")
+def test_epochs_and_what_mmgan_shows(script, data, tmp_path):
+    """Two passes over 40 images in batches of 8 are 10 iterations; the two spheres are in TensorBoard."""
+    run(script, *arguments(data, tmp_path, "r", "--epochs", 2, "--log-every", 5, "--gradient-every", 5))
+    folder = tmp_path / "r"
+    assert json.loads((folder / "args.json").read_text())["args"]["iterations"] == 10
+    for tag in ("centroid_distance", "radius_real", "radius_fake", "correlation_penalty", "kernel_width",
+                "kernel_mean"):
+        shown = scalars(folder, f"losses/{tag}")
+        assert [e.step for e in shown] == [5, 10] and all(math.isfinite(e.value) for e in shown)
+    networks = checkpoint(folder)["networks"]
+    assert networks["spheres.decay"] == torch.tensor(0.9) and networks["spheres.centroid_real"].any()
+
+
+# ---------------------------------------------------------------------------------------------------- interruptions
+@each(scope="module")
+def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_path):
+    """Ctrl-C, SIGTERM, Slurm's SIGUSR1, a closed terminal: weights, moments, averages, order of the data and draws are
+    bit for bit those of a run left alone. What is printed at the end goes on as it stands, also in a folder whose
+    name has a space."""
+    process = Process(script, *arguments(data, tmp_path / "my runs", "r", *LONG, "--checkpoint-every", 0))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        wait_for(lambda: "to watch" in process.read("out"), process)
+        time.sleep(0.2)
+        process.send_signal(number)
+        out, err = process.communicate()
+        assert process.returncode == 128 + number and "Traceback" not in err, err
+        flag, path = shlex.split(out.splitlines()[-1].split("go on with ")[1])
+        process = Process(script, flag, path)
+    assert 0 < checkpoint(tmp_path / "my runs/r")["iteration"] < TOTAL
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    same_checkpoints(tmp_path / "my runs/r", straight)
+    for name in ("00000030.png", "00000060.png"):
+        assert (tmp_path / "my runs/r/samples" / name).read_bytes() == (straight / "samples" / name).read_bytes()
+    for tag in ("losses/generator", "losses/score_fake", "charts/learning_rate"):
+        ours, theirs = ([(e.step, e.value) for e in scalars(f, tag)] for f in (tmp_path / "my runs/r", straight))
+        assert ours == theirs
+
+
+@each(scope="module")
+def test_kills(script, straight, data, tmp_path):
+    """kill -9 at arbitrary moments, also before the first checkpoint, with checkpoints written all the time: the same
+    command goes on each time, and ends with the weights of a run left alone."""
+    rng, folder = random.Random(0), tmp_path / "r"
+    command = arguments(data, tmp_path, "r", *LONG, "--checkpoint-every", 1, "--resume", "auto")
+    file = folder / "checkpoint.pt"
+    for kill in range(5):
+        start = checkpoint(folder)["iteration"] if file.exists() else 0  # never a torn file
+        process = Process(script, *command)
+        writes = rng.randrange(1, 6) if kill and start < TOTAL - 25 else 0  # the run must not end before its kills
+        for _ in range(writes):
+            before = file.stat().st_ino if file.exists() else None
+            wait_for(lambda: file.exists() and file.stat().st_ino != before, process)
+        time.sleep(rng.uniform(0, 0.02 if writes else 0.2))
+        assert process.poll() is None, process.communicate()[1]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -9
+    assert checkpoint(folder)["iteration"] > 0
+    run(script, *command)
+    same_checkpoints(folder, straight)
+
+
+@each()
+def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
+    """By a signal, which makes it end without scores, or by a kill: the run that goes on begins with it."""
+    class Evaluator:
+        calls = 0
+
+        def __init__(self, outcome):
+            self.outcome = outcome
+
+        def score(self, *given, **named):
+            Evaluator.calls += 1
+            return self.outcome()
+
+    def be_killed():
+        raise KeyboardInterrupt
+
+    def good():
+        return {"fid": 1.0, "kid_mean": 0.5, "is_mean": 2.0}
+
+    args = script.resolve(script.Args(**TINY, dataset="folder", iterations=4, eval_every=2, sample_every=0))
+    images = noise(dataclasses.replace(args, batch_size=20))
+
+    def go_on(folder, outcome):
+        folder.mkdir(exist_ok=True)
+        before = checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
+        return script.train(args, images, CPU, folder, before, Evaluator(outcome), [])
+
+    folder = tmp_path / "r"
+    assert go_on(folder, lambda: None) is False and Evaluator.calls == 1
+    with pytest.raises(KeyboardInterrupt):
+        go_on(folder, be_killed)
+    assert checkpoint(folder)["iteration"] == 2 and not (folder / "metrics.jsonl").exists()
+    assert go_on(folder, good) is True and Evaluator.calls == 4
+    assert [r["iteration"] for r in common.read_lines(folder / "metrics.jsonl")] == [2, 4]
+    assert go_on(folder, good) is True and Evaluator.calls == 4  # nothing is missing
+    go_on(tmp_path / "straight", good)
+    same_checkpoints(folder, tmp_path / "straight")
+    assert [e.step for e in scalars(folder, "metrics/fid")] == [2, 4]
+
+
+@each()
+def test_more_iterations_later(script, data, tmp_path):
+    """Without a schedule a finished run can be made longer, and is what it would have been."""
+    for name, iterations in (("a", 6), ("b", 4)):
+        run(script, *arguments(data, tmp_path, name, "--iterations", iterations, *constant(script)))
+    run(script, "--resume", tmp_path / "b", "--iterations", 6)
+    same_checkpoints(tmp_path / "a", tmp_path / "b")
+
+
+@each("gngan_resnet", "mmgan_igan", scope="module")
+def test_a_schedule_fixes_the_iterations(script, straight):
+    check_errors(script, [(["--iterations is 99", "--lr-schedule", "leave --iterations out"],
+                           ["--resume", straight, "--iterations", 99])])
+
+
+@each("mmgan_igan")
+def test_improved_gan_resumes_exactly(script, data, tmp_path):
+    """With the history, the reference batch and three steps of G; the first iteration has initialised by the data."""
+    given = ["--baseline", "minibatch", "--lr-schedule", "constant", "--ema", "0.9"]
+    for name, iterations in (("a", 5), ("b", 2)):
+        run(script, *arguments(data, tmp_path, name, "--iterations", iterations, *given))
+    run(script, "--resume", tmp_path / "b", "--iterations", 5)
+    same_checkpoints(tmp_path / "a", tmp_path / "b")
+    networks = checkpoint(tmp_path / "a")["networks"]
+    assert networks["history.generator.count"] == 15 and networks["history.discriminator.count"] == 5
+    assert not networks["discriminator.convs.0.parametrizations.weight.original0"].eq(1).any()
+
+
+@each(scope="module")
+def test_looking_does_not_change_training(script, straight, data, tmp_path):
+    run(script, *arguments(data, tmp_path, "r", *LONG, "--sample-every", 7, "--log-every", 1, "--gradient-every", 3,
+                           "--checkpoint-every", 9))
+    same_checkpoints(tmp_path / "r", straight)
+
+
+@each(scope="module")
+def test_a_finished_run_resumed_is_finished(script, straight):
+    before = (straight / "generator.pt").read_bytes()
+    out, _ = run(script, "--resume", straight)
+    assert f"{TOTAL} iterations" in out.splitlines()[-1] and (straight / "generator.pt").read_bytes() == before
+
+
+@each()
+def test_a_full_disk_keeps_the_old_checkpoint(script, data, tmp_path):
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 2, *constant(script)))
+    before = (tmp_path / "r/checkpoint.pt").read_bytes()
+    assert len(before) > 50000
+    _, err = run(script, "--resume", tmp_path / "r", "--iterations", 4, "--checkpoint-every", 1, status=2,
+                 file_limit=50000)
+    last = err.splitlines()[-1]
+    assert last.startswith(f"{script.SCRIPT}.py: error: cannot write") and "checkpoint.pt" in last
+    assert "--resume" in last and "Traceback" not in err
+    assert (tmp_path / "r/checkpoint.pt").read_bytes() == before and not list(tmp_path.glob("r/*.tmp"))
+
+
+@each()
+def test_a_diverged_run_stops(script, data, tmp_path):
+    """With the iteration and the last good checkpoint, here the one that every run begins with."""
+    _, err = run(script, *arguments(data, tmp_path, "r", "--iterations", 50, "--lr", "1e30", "--log-every", 5),
+                 status=2)
+    last = err.splitlines()[-1]
+    assert "training diverged: weights are not finite at iteration 5; the last good checkpoint is " in last
+    assert str(tmp_path / "r/checkpoint.pt") in last and "Traceback" not in err
+    saved = checkpoint(tmp_path / "r")
+    assert saved["iteration"] == 0 and all(v.isfinite().all() for v in saved["networks"].values())
+
+
+@each()
+def test_weights_that_the_last_update_spoiled_are_not_saved(script, data, tmp_path):
+    """G's last update can spoil its weights after every loss of the iteration was finite."""
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 1, *constant(script)))
+    saved = checkpoint(tmp_path / "r")
+    next(iter(saved["optimizers"]["generator"].values()))["exp_avg_sq"].fill_(math.nan)
+    torch.save(saved, tmp_path / "r/checkpoint.pt")
+    before = (tmp_path / "r/checkpoint.pt").read_bytes()
+    _, err = run(script, "--resume", tmp_path / "r", "--iterations", 2, "--log-every", 0, status=2)
+    assert "not finite at iteration 2;" in err and (tmp_path / "r/checkpoint.pt").read_bytes() == before
+
+
+@each(scope="module")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training(script, tmp_path, number):
+    """While the data are decoded: no traceback, no run folder left."""
+    archive = make_data.image_zip(tmp_path / "many.zip", 200, 512)
+    process = Process(script, *arguments(archive, tmp_path / "runs", "r"))
+    wait_for(lambda: "decoding" in process.read("err"), process)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 128 + number and "Traceback" not in err, err
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@each(*scripts.IMAGES, "gngan_synthetic")
+def test_ctrl_c_while_pytorch_is_imported(script):
+    """The script started as a user does; no traceback."""
+    process = subprocess.Popen([sys.executable, "-X", "importtime", f"{script.SCRIPT}.py", "--help"], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "| numpy\n" not in seen or "signal" not in seen:
+        seen += process.stderr.readline()
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    seen += process.communicate()[1]
+    assert process.returncode == -signal.SIGINT and "Traceback" not in seen
+
+
+@each(scope="module")
+def test_two_runs_of_one_name(script, data, tmp_path):
+    given = arguments(data, tmp_path, "r", "--iterations", 100000)
+    first = Process(script, *given)
+    wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), first)
+    busy = f"another process is training in {tmp_path / 'r'}"
+    check_errors(script, [([busy], given), ([busy], ["--resume", tmp_path / "r"]),
+                          ([busy], [*given, "--resume", "auto"])])
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    check_errors(script, [(["has a run in it", "--run-name", f"--resume {tmp_path / 'r'}"], given)])
+
+
+@each("gngan_cnn")
+def test_names_that_shells_and_terminals_mind(script, data, tmp_path):
+    """A home folder's ~, letters that the output cannot print."""
+    out, _ = run(script, *arguments(data, "~/größe", "r", "--iterations", 1), environment={
+        "HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"})
+    assert (tmp_path / "größe/r/checkpoint.pt").exists() and "gr??e" in out.splitlines()[-1]
+
+
+@each("gngan_cnn")
+def test_a_compiler_that_fails(script, data, tmp_path):
+    """One line, and the run goes on uncompiled."""
+    (tmp_path / "g++").symlink_to("/bin/false")
+    _, err = run(script, *arguments(data, tmp_path, "r", "--iterations", 1, "--compile"), environment={
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    line, = (line for line in err.splitlines() if "uncompiled" in line)
+    assert "torch.compile fails here" in line and "Traceback" not in err and "1/1" in err
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+def check_errors(script, cases):
+    """Each case, (words, arguments), ends with status 2 and one line of these words. They run at the same time."""
+    for (words, given), process in [(case, Process(script, *case[1])) for case in cases]:
+        _, err = process.communicate()
+        assert process.returncode == 2 and err.startswith(f"{script.SCRIPT}.py: error: "), (given, err)
+        assert len(err.splitlines()) == 1 and all(word in err for word in words), (given, err)
+
+
+def refuse(script, words, *given):
+    """The command line is refused, in one line of these words."""
+    with pytest.raises(UserError) as error:
+        script.parse_args([str(v) for v in given])
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+@each()
+@pytest.mark.parametrize("flag,value", [
+    ("--iterations", "0"), ("--batch-size", "1"), ("--image-size", "8"), ("--width", "0"), ("--lr", "nan"),
+    ("--ema", "1"), ("--beta1", "1"), ("--beta2", "-0.1"), ("--seed", "-1"), ("--seed", str(2**31)),
+    ("--log-every", "-1"), ("--num-fake", "9"), ("--num-real", "1"), ("--latent-dim", "0")])
+def test_values_out_of_range(script, flag, value):
+    refuse(script, [f"{flag} is {value}", ": it must be in "], flag, value)
+
+
+@each()
+def test_errors_are_one_line(script, data, tmp_path):
+    """What only a run can tell, and no run folder left behind."""
+    given = arguments(data, tmp_path / "runs", "r")
+    check_errors(script, [
+        (["--lr is -1.0: it must be in (0, inf)"], [*given, "--lr", "-1"]),
+        (["40 images", "--batch-size 64"], [*given, "--batch-size", 64]),
+        (["nowhere", "--data-dir"], [*given, "--data-dir", "nowhere"]),
+        (["/proc/nowhere", "--run-dir"], [*given, "--run-dir", "/proc/nowhere"]),
+        (["File name too long", "--run-dir"], [*given, "--run-name", 300 * "x"]),
+        (["no checkpoint at nowhere"], [*given, "--resume", "nowhere"]),
+        (["nowhere.pth"], [*given, "--eval-every", 1, "--inception-weights", "nowhere.pth"])])
+    assert not list((tmp_path / "runs").iterdir())
+    refuse(script, ["--resume auto needs the --run-name"], "--resume", "auto")
+    refuse(script, ["exclude each other"], "--evaluate", "a", "--generate", "b")
+
+
+GNGAN = [(["--distgan", "--no-autoencoder"], ["--distgan needs its autoencoder"]),
+         (["--lambda-p", "-1"], ["--lambda-p is -1"]), (["--alpha", "1"], ["--alpha is 1"]),
+         (["--image-size", "36"], ["--image-size is 36", "multiple of 8"]),
+         (["--no-gradient-matching", "--lambda-m1", "2"], ["--lambda-m1 has no effect"]),
+         (["--no-neighbor-embedding", "--lambda-r", "2"], ["--lambda-r has no effect"]),
+         (["--no-autoencoder", "--autoencoder-updates", "encoder"], ["--autoencoder-updates has no effect"])]
+MMGAN = [(["--kernel-width", "0"], ["--kernel-width is 0"]), (["--delta", "1"], ["--delta is 1"]),
+         (["--epochs", "0"], ["--epochs is 0"]), (["--num-is", "9"], ["--num-is is 9"]),
+         (["--generator-steps", "2"], ["--generator-steps has no effect"]),
+         (["--kernel", "none", "--alpha", "0.5"], ["--alpha has no effect"]),
+         (["--kernel", "linear", "--kernel-width", "2"], ["--kernel-width has no effect"]),
+         (["--beta", "0", "--correlation-in-discriminator"], ["--correlation-in-discriminator has no effect"])]
+PLAIN = [(["--baseline", "--kernel", "rbf"], ["--kernel has no effect"]),
+         (["--baseline", "--beta", "1"], ["--beta has no effect"])]
+IGAN = [(["--baseline", "minibatch", "--kernel", "rbf"], ["--kernel has no effect"]),
+        (["--baseline", "feature-matching", "--label-smoothing", "0.2"], ["--label-smoothing has no effect"]),
+        (["--no-virtual-batch-norm"], ["--virtual-batch-norm has no effect"]),
+        (["--baseline", "minibatch", "--historical-averaging", "-1"], ["--historical-averaging is -1"]),
+        (["--baseline", "minibatch", "--label-smoothing", "1"], ["--label-smoothing is 1"]),
+        (["--baseline", "minibatch", "--features", "pooled"], ["--features has no effect"]),
+        (["--baseline", "minibatch", "--minibatch-discrimination"], ["--minibatch-discrimination has no effect"]),
+        (["--image-size", "36"], ["--image-size is 36", "multiple of 8"])]
+
+
+@scripts.each_case({"gngan_cnn": GNGAN, "gngan_resnet": GNGAN, "mmgan_dcgan": MMGAN + PLAIN,
+                    "mmgan_igan": MMGAN + IGAN})
+def test_flags_that_do_not_go_together(script, case):
+    given, words = case
+    refuse(script, words, *given)
+
+
+@each()
+def test_flags_that_do_not_exist(script):
+    """tyro's message names a near flag; the usual name of the learning rate is taken."""
+    out, err = run(script, "--batchsize", "64", status=2)
+    assert "--batch-size" in out + err and "Traceback" not in err
+    out, err = run(script, "--dataset", "imagenet", status=2)
+    assert "imagenet" in out + err and (out + err).count("cifar10") == 1
+    assert script.parse_args(["--learning-rate", "0.5"])[0].lr == 0.5
+
+
+def changed(folder, tmp_path, **changes):
+    """A copy of a checkpoint with other entries."""
+    (tmp_path / "copy").mkdir(exist_ok=True)
+    torch.save({**checkpoint(folder), **changes}, tmp_path / "copy/checkpoint.pt")
+    return tmp_path / "copy"
+
+
+@each(scope="module")
+def test_resume_errors(script, straight, data, tmp_path):
+    refuse(script, ["--lr (0.000", "--width (0.03125 in the checkpoint, 0.5 here)", "leave these flags out"],
+           "--resume", straight, "--width", "0.5", "--lr", "0.1")
+    refuse(script, ["--width (0.03125"], "--evaluate", straight, "--width", "0.5")
+    refuse(script, ["holds G alone"], "--resume", straight / "generator.pt")
+    refuse(script, ["--iterations is 7"], "--resume", straight, "--iterations", 7)
+    saved = checkpoint(straight)
+    for foreign in (saved["args"] | {"unknown": 1}, {k: v for k, v in saved["args"].items() if k != "ema"}):
+        odd, = foreign.keys() ^ saved["args"].keys()
+        refuse(script, ["with other arguments", f"({odd})"], "--resume", changed(straight, tmp_path, args=foreign))
+    (tmp_path / "cut").mkdir()
+    file = tmp_path / "cut/checkpoint.pt"
+    for contents in ((straight / "checkpoint.pt").read_bytes()[:2000], b"", (straight / "args.json").read_bytes()):
+        file.write_bytes(contents)
+        refuse(script, [f"cannot read {file}: it is cut off or no checkpoint"], "--resume", file.parent)
+    torch.save([1], file)
+    refuse(script, [f"is not a checkpoint of {script.SCRIPT}.py"], "--resume", file)
+    torch.save({"script": "another", "args": {}, "iteration": 1}, file)
+    refuse(script, [f"is a checkpoint of another.py, not of {script.SCRIPT}.py"], "--generate", file)
+    networks = {k: v for k, v in saved["networks"].items() if k != "generator_ema.linear.weight"}
+    other = photos(tmp_path, seed=3)
+    datasets.load("folder", other, 32)  # so that no progress bar precedes the error
+    check_errors(script, [(["are not those that the run began with", "--data-dir"],
+                           ["--resume", straight, "--data-dir", other])])
+    if "generator_ema.linear.weight" in saved["networks"]:
+        check_errors(script, [(["does not fit", "generator_ema.linear.weight"],
+                               ["--generate", changed(straight, tmp_path, networks=networks)])])
+
+
+@each()
+def test_a_pickle_that_runs_code_is_refused(script, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"script": script.SCRIPT, "x": Evil()}, tmp_path / "checkpoint.pt")
+    for flag in ("--resume", "--evaluate", "--generate"):
+        refuse(script, ["cannot read"], flag, tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- common
+def test_run_folders(tmp_path):
+    """No two at a time in one; a free name is found if none was asked for; an empty one is removed."""
+    with common.run_folder(tmp_path / "r", False, free_name=True) as first:
+        with pytest.raises(UserError, match=f"another process is training in {tmp_path / 'r'}$"):
+            with common.run_folder(tmp_path / "r", resume=True):
+                pass
+        with common.run_folder(tmp_path / "r", False, free_name=True) as second:
+            (second / "checkpoint.pt").touch()
+            with common.run_folder(tmp_path / "r", False, free_name=True) as third:
+                assert [f.name for f in (first, second, third)] == ["r", "r-2", "r-3"]
+    assert [f.name for f in tmp_path.iterdir()] == ["r-2"]
+    with pytest.raises(UserError, match="has a run in it"), common.run_folder(tmp_path / "r-2", False):
+        pass
+    with common.run_folder(tmp_path / "r-2", resume=True) as again:
+        assert again == second
+
+
+@pytest.mark.parametrize("error,line", [(UserError("wrong"), "wrong"), (OSError(13, "Permission denied", "a"),
+                                        "[Errno 13] Permission denied: 'a'"),
+                                        (torch.OutOfMemoryError("CUDA"), "out of GPU memory: lower --batch-size")])
+def test_a_program_ends_in_one_line(error, line, capsys, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setattr(common, "on_signals", lambda handle: None)
+    monkeypatch.setattr(sys, "argv", ["some/path/x.py"])
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(getattr(sys, stream), "reconfigure", lambda **_: None, raising=False)
+    with pytest.raises(SystemExit) as end:
+        common.run(main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith(f"x.py: error: {line}") and len(err.splitlines()) == 1
+
+
+def test_nohup_is_respected():
+    """A signal that the parent ignores stays ignored; the others are handled."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    seen = []
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        common.on_signals(seen.append)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        assert seen == [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_ranges():
+    @dataclasses.dataclass
+    class Args:
+        share: float | None
+
+    for value in (None, 0, 0.5):
+        common.check_ranges(Args(value), {"share": "[0, 1)"})
+    for value, text in ((1, "[0, 1)"), (0, "(0, 1]"), (math.nan, "[0, inf)"), (math.inf, "[0, inf)")):
+        with pytest.raises(UserError, match="--share is"):
+            common.check_ranges(Args(value), {"share": text})

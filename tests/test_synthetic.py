@@ -1,0 +1,365 @@
+"""gngan_synthetic.py: data, draws, metrics, each method's training step against a plain reference, the script as users
+run it."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from compare import assert_same, flat
+from launcher import ROOT, Process, run, wait_for
+from PIL import Image
+from reference_synthetic import Reference
+from scripts import each
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import UserError
+
+pytestmark = each("gngan_synthetic", scope="module")
+METHODS = {1: ["gan", "vaegan", "wgangp", "distgan", "gngan"],
+           2: ["gan", "ali", "vaegan", "vae", "betavae", "wgangp", "distgan", "gngan"]}
+CPU = torch.device("cpu")
+
+
+def make_args(script, method="gngan", dim=2, **kwargs):
+    return script.resolve(script.Args(dim=dim, **{"num_seeds": 2, "hidden_dim": 8, "batch_size": 16, **kwargs}), method)
+
+
+def start(script, args):
+    """Networks, optimisers and training step."""
+    networks = script.init_networks(args, CPU)
+    optimizers = script.init_optimizers(args, networks)
+    return networks, optimizers, script.make_train_step(args, networks, optimizers, torch.tensor(args.lr))
+
+
+def batches(script, args, count):
+    draws = script.draw_epoch(args, 0)
+    return [{k: v[i] for k, v in draws.items()} for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------ data and draws
+def test_data(script):
+    problem = script.make_problem(2)
+    assert problem.points.shape == (50000, 2) and problem.centers.shape == (25, 2)
+    assert (problem.points - 0.5).abs().max() == pytest.approx(0.5, abs=1e-6)  # the largest coordinate: at the border
+    spacing = float(problem.centers[1, 1] - problem.centers[0, 1])  # 2 in the original coordinates
+    assert problem.radius == pytest.approx(math.sqrt(2) * 0.1 * spacing / 2, rel=1e-5)
+    scores = script.register(problem.points[None], problem.centers, problem.radius)
+    assert float(scores["modes"]) == 25
+    assert float(scores["points"]) / 50000 == pytest.approx(0.981, abs=0.002)  # the share of real points in the code
+    deviation = (problem.points.view(25, 2000, 2) - problem.centers[:, None]).std() / spacing * 2
+    assert float(deviation) == pytest.approx(0.05, rel=0.01)
+    line = script.make_problem(1)
+    assert line.centers.flatten().tolist() == [-4, 0, 4] and line.radius == pytest.approx(math.sqrt(2))
+    for c in line.centers:
+        mode = line.points[(line.points - c).abs() < 2]
+        assert len(mode) / len(line.points) == pytest.approx(1 / 3, abs=0.01)
+        assert float(mode.std()) == pytest.approx(0.5, rel=0.05)
+
+
+def test_an_epoch_sees_every_point_once_and_fills_its_last_batch(script):
+    args = make_args(script, "wgangp", batch_size=128, num_seeds=1)
+    draws = script.draw_epoch(args, 3)
+    assert draws["x"].shape == draws["z"].shape == (391, 5, 1, 128, 2) and draws["mix"].shape == (391, 5, 1, 128, 1)
+    seen, points = draws["x"][:, 0].reshape(-1, 2), script.make_problem(2).points
+    assert torch.equal(seen[:50000].sort(0).values, points.sort(0).values)
+    for key, low in (("z", -1), ("mix", 0)):
+        assert low <= draws[key].min() < low + 0.01 and 0.99 < draws[key].max() <= 1
+    for k in range(1, 5):  # each D update has its own mini-batch
+        assert all(not torch.equal(draws[key][:, 0], draws[key][:, k]) for key in ("x", "z", "mix"))
+
+
+def test_a_seed_is_what_it_would_be_alone(script):
+    """Initial weights, an epoch's draws and an evaluation's are functions of the seed and the epoch."""
+    three, one = (make_args(script, "vaegan", num_seeds=n, seed=s, batch_size=500) for n, s in ((3, 1), (1, 3)))
+    weights = [script.init_networks(args, CPU) for args in (three, one)]
+    for key, value in flat(weights[1]).items():
+        assert torch.equal(flat(weights[0])[key][2], value[0])
+    draws = [[script.draw_epoch(args, epoch) for epoch in (0, 1, 0)] for args in (three, one)]
+    for key, value in draws[1][0].items():
+        assert torch.equal(draws[0][0][key][:, :, 2], value[:, :, 0])
+        assert not torch.equal(draws[1][1][key], value) and torch.equal(draws[1][2][key], value)
+        assert not torch.equal(draws[0][0][key][:, :, 1], value[:, :, 0])
+    samples = [script.sample(args, w, 5, 10) for args, w in zip((three, one), weights)]
+    torch.testing.assert_close(samples[0][2], samples[1][0])
+
+
+# ------------------------------------------------------------------------------------------------------- metrics
+def test_metrics_of_hand_made_samples(script):
+    problem = script.make_problem(2)
+    centers, radius = problem.centers, problem.radius
+    balanced = centers.repeat_interleave(80, 0)
+    scores = script.register(torch.stack([balanced, balanced + radius * 0.7, balanced + radius * 0.8]), centers, radius)
+    assert scores["modes"].tolist() == [25, 25, 0]  # 0.7 sqrt(2) r is inside, 0.8 sqrt(2) r is outside
+    assert scores["points"].tolist() == [2000, 2000, 0]
+    assert scores["tv_true"].tolist() == pytest.approx([0, 0, 1]) and scores["tv_diff"].tolist() == [0, 0, 0]
+    some = torch.full((2000, 2), 0.5 + 2 * radius)
+    some[:20], some[20:39], some[39:100] = centers[0], centers[1], centers[3]
+    scores = script.register(some[None], centers, radius)
+    assert scores["modes"].tolist() == [2] and scores["points"].tolist() == [100]  # 20 cover a mode, 19 do not
+    share = np.zeros(25)
+    share[[0, 1, 3]] = 0.20, 0.19, 0.61
+    assert float(scores["tv_true"]) == pytest.approx(np.abs(share - 0.04).sum())
+    assert float(scores["tv_diff"]) == pytest.approx(np.abs(np.diff(share)).sum())
+    line = script.make_problem(1)
+    samples = torch.cat([torch.full((1833, 1), -4.0), torch.full((167, 1), 4.0)])[None]
+    assert script.register(samples, line.centers, line.radius)["modes"].tolist() == [2]  # a quarter of a fair share
+    assert script.wasserstein_1d(line.points[None] + 0.7, line.points).item() == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_figure_is_the_mean_of_the_last_ten_evaluations(script):
+    records = [{"epoch": e, "iteration": 2 * e, "modes": [float(e), 100.0 * e]} for e in range(1, 21)]
+    result = script.summarize(records, {"iteration": 40, "seconds": 4.0})
+    assert result["modes"]["per_seed"] == [15.5, 1550.0] and result["modes"]["mean"] == pytest.approx(782.75)
+    assert result["modes"]["std"] == pytest.approx(np.std([15.5, 1550.0], ddof=1))
+    assert result["iterations_per_second"] == 10
+
+
+# ------------------------------------------------------------------------------------------------------ the step
+CASES = [(dim, method, {}) for dim in METHODS for method in METHODS[dim]] + [
+    (2, "gngan", {"penalty": "rms", "autoencoder_updates": "encoder", "alpha": 0.3, "critic_steps": 2}),
+    (2, "gngan", {"penalty": "score", "autoencoder_updates": "both", "ema": 0.75}),
+    (2, "distgan", {"autoencoder_updates": "both", "critic_steps": 2}), (2, "ali", {"label_smoothing": 0.1}),
+    (2, "vaegan", {"vaegan_gamma": 0.3, "vaegan_kl": 0.2, "critic_steps": 2})]
+
+
+@pytest.mark.parametrize("dim,method,changes", CASES, ids=lambda v: str(v).replace(" ", "") if v else "default")
+def test_three_iterations_against_the_plain_reference(script, dim, method, changes):
+    """Losses, which networks each updates, the order of updates and Adam, all at once: after three iterations every
+    weight of every seed is where plain PyTorch, one seed at a time, takes it."""
+    args = make_args(script, method, dim, **{"vae_sigma": 0.5, **changes})
+    torch.set_default_dtype(torch.float64)  # float32 would hide an error below 1e-3
+    try:
+        networks, _, train_step = start(script, args)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    networks["encoder"] = networks.get("encoder", {})
+    average = {k: v.clone() for k, v in networks["generator"].items()}
+    references = [Reference(args, {n: {k: v[s] for k, v in p.items()} for n, p in networks.items() if p})
+                  for s in range(2)]
+    before = {k: v.clone() for k, v in flat(networks).items()}
+    for batch in batches(script, args, 3):
+        batch = {k: v.double() for k, v in batch.items()}
+        train_step(batch)
+        average = {k: 0.75 * v + 0.25 * networks["generator"][k] for k, v in average.items()}
+        for s, reference in enumerate(references):
+            reference.step({k: v[:, s] for k, v in batch.items()})
+    for name in references[0].nets.keys() - {"generator_ema"}:
+        for s, reference in enumerate(references):
+            for k, linear in enumerate(m for m in reference.nets[name] if isinstance(m, torch.nn.Linear)):
+                torch.testing.assert_close(networks[name][f"w{k}"][s], linear.weight.T, rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(networks[name][f"b{k}"][s], linear.bias, rtol=1e-3, atol=1e-5)
+    assert all((v != before[k]).any() for k, v in flat(networks).items() if "/w" in k)
+    if args.ema:
+        for key, value in average.items():
+            torch.testing.assert_close(networks["generator_ema"][key], value)
+
+
+def test_gradients_stay_finite_for_identical_points_and_dead_units(script):
+    params = script.init_mlp([2, 8, 8, 1], torch.Generator().manual_seed(0))
+    dead = {**params, "w0": params["w0"] * 0, "b0": params["b0"] * 0 - 1}
+    x, mix = torch.full((4, 2), 0.3), torch.full((4, 1), 0.5)
+    for p in (params, dead):
+        def loss(p, fake):
+            D = script.MLP(p, lambda v: v[:, 0])
+            return sum(script.gradient_matching(D, x, fake)) + script.gradient_penalty(D, x, fake, mix)
+        assert all(g.isfinite().all() for g in flat(torch.func.grad(loss, argnums=(0, 1))(p, x)).values())
+
+
+@pytest.mark.parametrize("method", ["gan", "ali", "vaegan", "vae", "wgangp", "distgan"])  # GN-GAN: the next test
+def test_every_method_is_one_graph(script, method):
+    """fullgraph raises on anything that would split the compiled step or wait for the device (an .item(), say)."""
+    args = make_args(script, method, ema=0.9, critic_steps=1)
+    torch.compiler.reset()
+    step = torch.compile(start(script, args)[2], fullgraph=True, dynamic=False, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in batches(script, args, 3):
+            step(batch)
+
+
+def test_compiled_step_gives_the_eager_result(script):
+    args, states = make_args(script), []
+    for compiled in (False, True):
+        networks, optimizers, step = start(script, args)
+        step = torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
+        for batch in batches(script, args, 5):
+            step(batch)
+        states.append(flat([networks, optimizers]))
+    for key in states[0]:
+        torch.testing.assert_close(states[0][key], states[1][key], rtol=1e-3, atol=1e-4)
+
+
+def test_learning_rate_falls_every_10000_updates(script):
+    args = make_args(script)  # three updates an iteration
+    assert script.learning_rate(args, 3333) == pytest.approx(1e-3)
+    assert script.learning_rate(args, 3334) == pytest.approx(0.99e-3)
+    assert script.learning_rate(make_args(script, "wgangp"), 195499) == pytest.approx(1e-3 * 0.99**117)
+    assert script.learning_rate(make_args(script, dim=1), 50000) == 1e-3
+
+
+# ------------------------------------------------------------------------------------------ the script as it is run
+TINY = ["--epochs", "2", "--num-seeds", "2", "--hidden-dim", "8", "--ema", "0.9"]
+COLOURS = {"blue": (31, 119, 180), "red": (214, 39, 40), "orange": (255, 127, 14), "black": (0, 0, 0)}
+
+
+def check_picture(path, *colours):
+    """150 dpi, a sensible size, and enough pixels of the colours in which the data are drawn."""
+    image = Image.open(path)
+    assert path.suffix == ".gif" or round(image.info["dpi"][0]) >= 150
+    picture = np.asarray(image.convert("RGB"), dtype=float)
+    assert 200 <= picture.shape[0] <= 1500 and 300 <= picture.shape[1] <= 2500, picture.shape
+    for colour in colours:
+        near = np.abs(picture - COLOURS[colour]).max(-1) < 60
+        assert near.sum() > 50, f"{path.name}: nothing {colour}"
+
+
+@pytest.mark.parametrize("dim", [2, 1])
+def test_all_methods_in_one_run(script, tmp_path, dim):
+    batch, length = (12500, 4) if dim == 2 else (3200, 2)
+    out, _ = run(script, "--dim", dim, "--method", "all", *TINY, "--batch-size", batch, "--run-dir", tmp_path,
+                 "--run-name", "a run")
+    folder = tmp_path / "a run"
+    setting = json.loads((folder / "args.json").read_text())
+    assert setting["args"]["method"] == "all" and setting["args"]["beta1"] == (0.8 if dim == 2 else 0.5)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["epoch"], r["iteration"]) for r in lines] == [
+        (m, e, e * length) for m in METHODS[dim] for e in (1, 2)]
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == METHODS[dim]
+    for method, result in results.items():
+        of_method = [r for r in lines if r["method"] == method]
+        for key in ("modes", "points", "tv_true", "tv_diff", *(["w1"] if dim == 1 else [])):
+            assert result[key]["per_seed"] == pytest.approx(np.mean([r[key] for r in of_method], 0).tolist())
+            assert all(len(r[key]) == len(r[key + "_ema"]) == 2 for r in of_method)
+            assert (key + "_uniform" in of_method[0]) == (dim == 2 and method in ("vaegan", "vae", "betavae"))
+        assert result["seconds"] > 0 and result["iterations_per_second"] > 0
+        title = script.METHODS[method].title
+        assert any(row.startswith(title + ", averaged G ") for row in out.splitlines())
+        if dim == 2:
+            row = next(row for row in out.splitlines() if row.startswith(title + "  "))
+            assert all(f"{mean:.2f} ± {std:.2f}" in row for mean, std in script.METHODS[method].paper)
+        events = EventAccumulator(str(folder / method))  # a TensorBoard folder each, under the same tags
+        events.Reload()
+        assert [e.step for e in events.Scalars("metrics/modes")] == [1, 2]
+        tags = events.Tags()["scalars"]
+        assert {"charts/learning_rate", "charts/iterations_per_second"} <= set(tags)
+        assert any(t.startswith("losses/") for t in tags) and "arguments/text_summary" in events.Tags()["tensors"]
+    check_picture(folder / "modes.png", "blue", "orange", "red")
+    if dim == 1:
+        check_picture(folder / "density.png", "blue", "orange")
+        check_picture(folder / "training.gif", "blue", "orange")
+        assert Image.open(folder / "training.gif").n_frames >= 2
+    else:
+        check_picture(folder / "samples.png", "blue", "red")
+        check_picture(folder / "gradient_map.png", "black", "red")
+    begin = out.splitlines()[0]
+    assert str(folder) in begin and "on the CPU" in begin and f"tensorboard --logdir '{folder}'" in begin
+    assert out.splitlines()[-1].startswith(f"{folder}: {script.METHODS[METHODS[dim][0]].title} ")
+
+
+def test_where_matplotlib_and_the_output_are_odd(script, tmp_path):
+    """A notebook's backend that is missing here, an output without ±; a process of its own, as both act at imports."""
+    environment = {**os.environ, "MPLBACKEND": "module://nowhere", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, ROOT / f"{script.SCRIPT}.py", "--dim", "1", "--epochs", "1", "--batch-size",
+                           "6400", "--run-dir", tmp_path, "--run-name", "r"], env=environment, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "r/density.png").exists(), done.stderr.decode()
+    assert b"GN-GAN" in done.stdout and b" ? " in done.stdout
+
+
+LINE = ["--dim", "1", "--method", "all", "--epochs", "3", "--num-seeds", "2", "--batch-size", "3200",
+        "--checkpoint-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def left_alone(script, tmp_path_factory):
+    """The folder of a run of LINE that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("left_alone")
+    run(script, *LINE, "--run-dir", folder, "--run-name", "r")
+    return folder / "r"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_resume_is_exact(script, tmp_path, left_alone, number):
+    """Stopped in the second of several methods, and resumed by the same command: weights, moments and metrics are those
+    of a run that was left alone, bit for bit."""
+    metrics = tmp_path / "r/metrics.jsonl"
+    command = [*LINE, "--run-dir", tmp_path, "--run-name", "r", "--resume", "auto"]
+    process = Process(script, *command)
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 4, process)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
+    if number != signal.SIGKILL:
+        assert f"--resume {tmp_path / 'r'}" in out and (tmp_path / "r/modes.png").exists()
+    run(script, *command)
+    resumed, expected = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path / "r", left_alone))
+    assert_same(resumed, expected, but=("seconds", "run_dir", "run_name"))
+    assert metrics.read_text() == (left_alone / "metrics.jsonl").read_text()
+    events = EventAccumulator(str(tmp_path / "r/vaegan"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("metrics/modes")] == [1, 2, 3]
+
+
+def test_a_finished_run(script, left_alone):
+    """Resumed, it prints its table and changes nothing; the same command without --resume is refused."""
+    before = (left_alone / "metrics.jsonl").read_text()
+    assert "GN-GAN" in run(script, "--resume", left_alone)[0]
+    assert (left_alone / "metrics.jsonl").read_text() == before
+    _, err = run(script, *LINE, "--run-dir", left_alone.parent, "--run-name", "r", status=2)
+    assert err.startswith(f"{script.SCRIPT}.py: error: ") and "has a run in it" in err and len(err.splitlines()) == 1
+
+
+def test_resume_in_the_middle_of_a_2d_run(script, tmp_path):
+    arguments = ["--epochs", "3", "--num-seeds", "2", "--batch-size", "12500", "--hidden-dim", "8", "--ema", "0.9",
+                 "--run-dir", tmp_path]
+    run(script, *arguments, "--run-name", "a")
+    process = Process(script, *arguments, "--run-name", "b")
+    wait_for(lambda: (tmp_path / "b/metrics.jsonl").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run(script, "--resume", tmp_path / "b/checkpoint.pt")
+    assert_same(*(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab"),
+                but=("seconds", "run_name"))
+    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--dim", "1", "--method", "ali"], ["ali", "1D", "wgangp"]),
+    (["--num-seeds", "0"], ["--num-seeds is 0", "[1, inf)"]),
+    (["--ema", "1"], ["--ema"]),
+    (["--dim", "1", "--hidden-layers", "1"], ["--hidden-layers"]),
+    (["--resume", "nowhere"], ["nowhere", "checkpoint.pt"]),
+    (["--resume", "auto"], ["--run-name"]),
+])
+def test_what_is_refused(script, arguments, words):
+    with pytest.raises(UserError) as error:
+        script.parse_args(arguments)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_what_a_resumed_run_refuses(script, tmp_path):
+    args = make_args(script)
+    networks, optimizers, _ = start(script, args)
+    contents = {"script": script.SCRIPT, "args": vars(args), "iteration": 0, "networks": networks,
+                "optimizers": optimizers}
+    torch.save(contents, tmp_path / "checkpoint.pt")
+    assert script.parse_args(["--resume", str(tmp_path)])[0] == args
+    with pytest.raises(UserError, match=r"--lr \(0.001 in the checkpoint, 0.1 here\), --num-seeds"):
+        script.parse_args(["--resume", str(tmp_path), "--num-seeds", "5", "--learning-rate", "0.1"])
+    networks["generator"]["w0"] = networks["generator"]["w0"][..., 1:]
+    with pytest.raises(UserError, match="does not fit"):
+        script.restore({"networks": networks}, {"networks": script.init_networks(args, CPU)})
+
+
+def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(script, tmp_path):
+    _, err = run(script, *TINY, "--method", "vae", "--batch-size", "12500", "--lr", "1e30", "--run-dir", tmp_path,
+                 "--run-name", "r", status=2)
+    last = err.splitlines()[-1]
+    assert last.startswith(f"{script.SCRIPT}.py: error: training diverged") and "iteration 4 (epoch 1)" in last
+    checkpoint = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
+    assert checkpoint["iteration"] == 0
+    assert all(v.isfinite().all() for v in flat(checkpoint["networks"]).values())
