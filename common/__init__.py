@@ -2,12 +2,14 @@
 stay whole."""
 from __future__ import annotations
 
+import ast
 import atexit
 import contextlib
 import dataclasses
 import datetime
 import fcntl
 import gc
+import inspect
 import json
 import os
 import pathlib
@@ -20,7 +22,7 @@ import textwrap
 import time
 import uuid
 import zlib
-from typing import Callable, Iterator, NoReturn, Optional
+from typing import Annotated, Callable, Iterator, NoReturn, Optional, get_type_hints
 
 import numpy as np
 import torch
@@ -69,14 +71,23 @@ def parse(cls: type, argv: Optional[list[str]], default, description: str):
 
     default: the instance whose values serve where a flag is not given.
     """
-    def own(base: type) -> Callable[[], object]:
-        return lambda: base(**{f.name: getattr(default, f.name) for f in dataclasses.fields(base)})
+    groups = {base.__name__.removesuffix("Args").lower(): base for base in cls.__bases__}
+    nested = dataclasses.make_dataclass("Args", [
+        (name, group := with_help(base, default), dataclasses.field(default_factory=group))
+        for name, base in groups.items()])
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[nested], args=argv, description=description)
+    return cls(**{name: value for group in groups for name, value in vars(getattr(parsed, group)).items()})
 
-    groups = [(base.__name__.removesuffix("Args").lower(), base, dataclasses.field(default_factory=own(base)))
-              for base in cls.__bases__]
-    nested = tyro.cli(tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Args", groups)], args=argv,
-                      description=description)
-    return cls(**{name: value for group, *_ in groups for name, value in vars(getattr(nested, group)).items()})
+
+def with_help(cls: type, default) -> type:
+    """A copy of a dataclass with the values of `default`. Its help texts are the docstrings under the fields, without
+    their line breaks, at which tyro would break a sentence."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    texts = {field.target.id: " ".join(doc.value.value.split()) for field, doc in zip(body, body[1:])
+             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)}
+    return dataclasses.make_dataclass(cls.__name__, [
+        (name, Annotated[hint, tyro.conf.arg(help=texts[name])], getattr(default, name))
+        for name, hint in get_type_hints(cls, include_extras=True).items()])
 
 
 def parse_again(cls: type, argv: Optional[list[str]], checkpoint: dict, free: set[str], description: str):
