@@ -3,7 +3,9 @@ in under a minute."""
 import json
 import math
 import re
+import typing
 
+import common
 import make_data
 import pytest
 import scripts
@@ -83,13 +85,15 @@ def test_synthetic(script, tmp_path):
 @scripts.each(*scripts.IMAGES, "gngan_synthetic")
 def test_the_manual(script):
     """--help: groups of flags, every flag with its sentences whole."""
-    manual, _ = run(script, "--help", environment={"COLUMNS": "1000"})  # wide enough for a flag's text on one line
+    manual, _ = run(script, "--help", environment={"COLUMNS": "120"})
     groups = [c.__name__.removesuffix("Args").lower() for c in script.Args.__bases__]
     assert re.findall(r"╭─ (\w+) options", manual) == ["options", *groups][1:] and len(groups) == 6
-    lines = [" ".join(line.split()) for line in manual.splitlines()]
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", manual).split())
     for base in script.Args.__bases__:
         body = re.findall(r"^class %s:\n(.*?)\n\n\n" % base.__name__, open(script.__file__).read(), re.M | re.S)[0]
         fields = re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', body, re.M | re.S)
         assert len(fields) == len(re.findall(r"^    \w+: ", body, re.M))  # each has its text
         for name, sentence in fields:
-            assert any(" ".join(sentence.split()) in line for line in lines), name
+            assert " ".join(sentence.split()) in text, name
+        for hint in typing.get_type_hints(common.with_help(base, script.Args()), include_extras=True).values():
+            assert all("\n" not in (extra.help or "") for extra in hint.__metadata__)  # tyro would break it there
