@@ -54,7 +54,7 @@ def straight(script, data, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves
-@each()
+@scripts.one_a_method()
 def test_the_run_folder(script, data, inception, tmp_path):
     """Everything that the design promises, scores included; then --evaluate and --generate from it."""
     photos(tmp_path, 12)
@@ -107,7 +107,7 @@ def test_the_run_folder(script, data, inception, tmp_path):
                                                 if k not in ("seconds", "images_per_second")}
 
 
-@each(scope="module")
+@scripts.one_a_method()
 def test_generating(script, straight, tmp_path):
     """A folder of PNGs, one array, one grid, of the averaged G; from generator.pt too."""
     run(script, "--generate", straight, "--num-images", 11, "--out", tmp_path / "png")
@@ -159,7 +159,7 @@ def test_epochs_and_what_mmgan_shows(script, data, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- interruptions
-@each(scope="module")
+@scripts.one_a_method()
 def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_path):
     """Ctrl-C, SIGTERM, Slurm's SIGUSR1, a closed terminal: weights, moments, averages, order of the data and draws are
     bit for bit those of a run left alone. What is printed at the end goes on as it stands, also in a folder whose
@@ -208,7 +208,7 @@ def test_kills(script, straight, data, tmp_path):
     same_checkpoints(folder, straight)
 
 
-@each()
+@scripts.one_a_method()
 def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
     """By a signal, which makes it end without scores, or by a kill: the run that goes on begins with it."""
     class Evaluator:
@@ -276,21 +276,21 @@ def test_improved_gan_resumes_exactly(script, data, tmp_path):
     assert not networks["discriminator.convs.0.parametrizations.weight.original0"].eq(1).any()
 
 
-@each(scope="module")
+@scripts.one_a_method()
 def test_looking_does_not_change_training(script, straight, data, tmp_path):
     run(script, *arguments(data, tmp_path, "r", *LONG, "--sample-every", 7, "--log-every", 1, "--gradient-every", 3,
                            "--checkpoint-every", 9))
     same_checkpoints(tmp_path / "r", straight)
 
 
-@each(scope="module")
+@scripts.one_a_method()
 def test_a_finished_run_resumed_is_finished(script, straight):
     before = (straight / "generator.pt").read_bytes()
     out, _ = run(script, "--resume", straight)
     assert f"{TOTAL} iterations" in out.splitlines()[-1] and (straight / "generator.pt").read_bytes() == before
 
 
-@each()
+@scripts.one_a_method()
 def test_a_full_disk_keeps_the_old_checkpoint(script, data, tmp_path):
     run(script, *arguments(data, tmp_path, "r", "--iterations", 2, *constant(script)))
     before = (tmp_path / "r/checkpoint.pt").read_bytes()
@@ -315,7 +315,7 @@ def test_a_diverged_run_stops(script, data, tmp_path):
     assert saved["iteration"] == 0 and all(v.isfinite().all() for v in saved["networks"].values())
 
 
-@each()
+@scripts.one_a_method()
 def test_weights_that_the_last_update_spoiled_are_not_saved(script, data, tmp_path):
     """G's last update can spoil its weights after every loss of the iteration was finite."""
     run(script, *arguments(data, tmp_path, "r", "--iterations", 1, *constant(script)))
@@ -327,7 +327,7 @@ def test_weights_that_the_last_update_spoiled_are_not_saved(script, data, tmp_pa
     assert "not finite at iteration 2;" in err and (tmp_path / "r/checkpoint.pt").read_bytes() == before
 
 
-@each(scope="module")
+@scripts.one_a_method()
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_training(script, tmp_path, number):
     """While the data are decoded: no traceback, no run folder left."""
@@ -340,7 +340,7 @@ def test_a_signal_before_training(script, tmp_path, number):
     assert not list((tmp_path / "runs").iterdir())
 
 
-@each(*scripts.IMAGES, "gngan_synthetic")
+@each("gngan_cnn", "gngan_synthetic")
 def test_ctrl_c_while_pytorch_is_imported(script):
     """The script started as a user does; no traceback."""
     process = subprocess.Popen([sys.executable, "-X", "importtime", f"{script.SCRIPT}.py", "--help"], cwd=ROOT,
@@ -354,7 +354,7 @@ def test_ctrl_c_while_pytorch_is_imported(script):
     assert process.returncode == -signal.SIGINT and "Traceback" not in seen
 
 
-@each(scope="module")
+@scripts.one_a_method()
 def test_two_runs_of_one_name(script, data, tmp_path):
     given = arguments(data, tmp_path, "r", "--iterations", 100000)
     first = Process(script, *given)
@@ -410,7 +410,7 @@ def test_values_out_of_range(script, flag, value):
     refuse(script, [f"{flag} is {value}", ": it must be in "], flag, value)
 
 
-@each()
+@scripts.one_a_method()
 def test_errors_are_one_line(script, data, tmp_path):
     """What only a run can tell, and no run folder left behind."""
     given = arguments(data, tmp_path / "runs", "r")
@@ -475,7 +475,7 @@ def changed(folder, tmp_path, **changes):
     return tmp_path / "copy"
 
 
-@each(scope="module")
+@scripts.one_a_method()
 def test_resume_errors(script, straight, data, tmp_path):
     refuse(script, ["--lr (0.000", "--width (0.03125 in the checkpoint, 0.5 here)", "leave these flags out"],
            "--resume", straight, "--width", "0.5", "--lr", "0.1")
@@ -505,7 +505,7 @@ def test_resume_errors(script, straight, data, tmp_path):
                                ["--generate", changed(straight, tmp_path, networks=networks)])])
 
 
-@each()
+@scripts.one_a_method()
 def test_a_pickle_that_runs_code_is_refused(script, tmp_path):
     class Evil:
         def __reduce__(self):

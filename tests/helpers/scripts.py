@@ -28,6 +28,11 @@ def each(*models, scope="function"):
     return pytest.mark.parametrize("script", of(*models or IMAGES), ids=lambda module: module.SCRIPT, scope=scope)
 
 
+def one_a_method():
+    """Run a test of code that all image scripts have alike for one script a method, and for every fork."""
+    return each(*(IMAGES if forks else ["gngan_cnn", "mmgan_igan"]), scope="module")
+
+
 def each_case(cases):
     """Run a test for every module and each of its model's cases, {model: [case]}: `script` and `case`."""
     pairs = [(script, case) for model, values in cases.items() for script in of(model) for case in values]
