@@ -139,8 +139,8 @@ class LossArgs:
 
 @dataclass
 class OptimisationArgs:
-    iterations: int = 200_000
-    """Updates of G [paper]."""
+    iterations: Optional[int] = None
+    """Updates of G. Default: 350,000; 200,000 with --hinge [paper]."""
     batch_size: int = 64
     """Images a mini-batch, over all processes of torchrun [paper]."""
     lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 2e-4
@@ -181,7 +181,7 @@ class Args(RunArgs, DataArgs, ModelArgs, LossArgs, OptimisationArgs, LoggingArgs
 
 def resolve(args: Args) -> Args:
     """The arguments with every default filled in that depends on another, and Dist-GAN's switches."""
-    defaults = {"image_size": 48 if args.dataset == "stl10" else 32,
+    defaults = {"iterations": 200_000 if args.hinge else 350_000, "image_size": 48 if args.dataset == "stl10" else 32,
                 "lambda_p": 1.0 if args.autoencoder else 0.0, "penalty": "reversed" if args.hinge else "rms"}
     chosen = {k: v for k, v in defaults.items() if getattr(args, k) in (None, "auto")}
     if args.distgan:

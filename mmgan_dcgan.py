@@ -574,7 +574,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
             descend(terms, "generator")
         if not args.baseline:
             networks["spheres"].commit(blended, args.delta)
-        average(list(G.buffers()))
+        average(list(G.norms.buffers()))
         if args.ema:
             for averaged, value in zip(networks["generator_ema"].state_dict().values(), G.state_dict().values()):
                 averaged.lerp_(value, 1 - args.ema)

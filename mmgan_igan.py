@@ -108,11 +108,7 @@ class ModelArgs:
     ema: float = 0.0
     """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
     minibatch_discrimination: bool = False
-    """Minibatch discrimination before D's last layer, of 100 kernels times --width. In --baseline minibatch it always
-    is [Improved GAN's code]."""
-    virtual_batch_norm: bool = True
-    """With --baseline minibatch: G normalises by a fixed reference batch of z and each sample itself, not by the
-    mini-batch [Improved GAN's paper]."""
+    """Minibatch discrimination before D's last layer; in --baseline minibatch always [Improved GAN's code]."""
 
 
 @dataclass
@@ -138,9 +134,9 @@ class LossArgs:
     correlation_in_discriminator: bool = False
     """D's loss has R_G, with a minus [Eq. 10], by which D learns to see all generated images as the same and nothing
     else; without: it is G's alone [paper: section V]."""
-    features: Literal["auto", "map", "pooled"] = "auto"
-    """What the spheres are of. map: D's last map, flattened. pooled: its 192 channels averaged over the image, as
-    feature matching takes them; by these even real images look much alike. auto: map [paper, figure 2]."""
+    features: Literal["map", "pooled"] = "map"
+    """What the spheres are of. map: D's last map, flattened [paper, figure 2]. pooled: its 192 channels averaged over
+    the image, as feature matching takes them; by these even real images look much alike."""
     baseline: Optional[Literal["minibatch", "feature-matching"]] = None
     """Improved GAN instead of manifolds. minibatch: minibatch discrimination, G's loss is E log(1 - D(G(z))).
     feature-matching: G's loss is the mean absolute difference of D's mean features."""
@@ -171,10 +167,8 @@ class OptimisationArgs:
     beta2: float = 0.999
     """Adam's second decay [original's code]."""
     adam_eps: float = 1e-4
-    """Adam's epsilon, in MMGAN D's alone [original's code, where it is 1e-8 inside the root]."""
-    adam_eps_generator: Optional[float] = None
-    """Adam's epsilon for G. Default: 1e-8, since the moving averages make MMGAN's gradients small [ours]; with
-    --baseline that of --adam-eps."""
+    """Adam's epsilon [original's code, where it is 1e-8 inside the root]. MMGAN's G has 1e-8, since the moving
+    averages make its gradients small [ours]."""
 
 
 @dataclass
@@ -205,13 +199,13 @@ class Args(RunArgs, DataArgs, ModelArgs, LossArgs, OptimisationArgs, LoggingArgs
 
 
 def resolve(args: Args) -> Args:
-    """The arguments with every default filled in that depends on another. The baseline has no kernel, beta or
-    features, MMGAN no steps of G; iterations counted in epochs wait for the data set, see `main`."""
-    defaults = {"adam_eps_generator": args.adam_eps if args.baseline else 1e-8}
+    """The arguments with every default filled in that depends on another. The baseline has no kernel and no beta, MMGAN
+    no steps of G; iterations counted in epochs wait for the data set, see `main`."""
+    defaults = {}
     if args.dataset == "cifar10":
         defaults["num_is"] = 50_000
     if not args.baseline:
-        defaults |= {"kernel": "exp", "beta": 0.1, "features": "map"}
+        defaults |= {"kernel": "exp", "beta": 0.1}
     else:
         defaults["generator_steps"] = 3 if args.baseline == "minibatch" else 1
     return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) in (None, "auto")})
@@ -256,21 +250,21 @@ class BatchNorm(nn.Module):
 
 
 class VirtualBatchNorm(nn.Module):
-    """Batch norm without gain. The first `reference` samples are normalised by their own statistics, every other by
+    """Batch norm without gain. The first `references` samples are normalised by their own statistics, every other by
     those of the reference and of itself. It has no running statistics."""
 
-    def __init__(self, channels: int, reference: int):
+    def __init__(self, channels: int, references: int):
         super().__init__()
-        self.reference = reference
+        self.references = references
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, update: bool) -> Tensor:
         x = x.float()
         moments = torch.stack([x, x.square()]).mean((3, 4))  # [2, n, C]
-        reference = moments[:, : self.reference].mean(1, keepdim=True)
-        weight = 1 / (self.reference + 1)
-        mean, square = torch.cat([reference.expand(-1, self.reference, -1),
-                                  weight * moments[:, self.reference :] + (1 - weight) * reference], 1)
+        reference = moments[:, : self.references].mean(1, keepdim=True)
+        weight = 1 / (self.references + 1)
+        mean, square = torch.cat([reference.expand(-1, self.references, -1),
+                                  weight * moments[:, self.references :] + (1 - weight) * reference], 1)
         scale = (square - mean.square()).clamp_min(0).add(1e-6).rsqrt()
         return (x - mean[..., None, None]) * scale[..., None, None] + self.bias[:, None, None]
 
@@ -293,20 +287,16 @@ class Generator(nn.Module):
         super().__init__()
         self.side, self.bf16 = args.image_size // 8, args.precision == "bf16"
         widths = [max(1, round(c * args.width)) for c in (512, 256, 128)]
-        virtual = args.baseline == "minibatch" and args.virtual_batch_norm
-
-        def batch_norm(channels: int) -> nn.Module:
-            return VirtualBatchNorm(channels, args.batch_size) if virtual else BatchNorm(channels)
-
+        references = args.batch_size if args.baseline == "minibatch" else 0
+        norm = functools.partial(VirtualBatchNorm, references=references) if references else BatchNorm
         self.linear = nn.Linear(args.latent_dim, widths[0] * self.side**2, bias=False)
         self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 5, 2, 2, output_padding=1, bias=False)
                                  for a, b in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList([batch_norm(widths[0] * self.side**2), *map(batch_norm, widths[1:])])
+        self.norms = nn.ModuleList([norm(widths[0] * self.side**2), *map(norm, widths[1:])])
         for layer in (self.linear, *self.ups):
             nn.init.normal_(layer.weight, std=0.05)
         self.last = weight_norm(nn.ConvTranspose2d(widths[-1], 3, 5, 2, 2, output_padding=1), 0.1, train_scale=True)
-        reference = torch.rand(args.batch_size, args.latent_dim) if virtual else torch.empty(0, args.latent_dim)
-        self.register_buffer("reference", reference)
+        self.register_buffer("reference", torch.rand(references, args.latent_dim))
 
     @autocast
     def forward(self, z: Tensor, update_statistics: bool = False) -> Tensor:
@@ -354,10 +344,9 @@ class Discriminator(nn.Module):
                   (b, b, 3, 1, 0), (b, b, 1, 1, 0), (b, b, 1, 1, 0)]
         self.convs = nn.ModuleList(weight_norm(nn.Conv2d(*shape)) for shape in shapes)
         self.additive = args.baseline == "minibatch"  # Gaussian noise on the images, else dropout
-        kernels = max(1, round(100 * args.width))
-        has_layer = args.minibatch_discrimination or args.baseline == "minibatch"
-        self.minibatch = MinibatchDiscrimination(b, kernels) if has_layer else nn.Identity()
-        self.linear = weight_norm(nn.Linear(b + kernels * has_layer, 10), 0.1, train_scale=True)
+        kernels = max(1, round(100 * args.width)) if self.additive or args.minibatch_discrimination else 0
+        self.minibatch = MinibatchDiscrimination(b, kernels) if kernels else nn.Identity()
+        self.linear = weight_norm(nn.Linear(b + kernels, 10), 0.1, train_scale=True)
 
     @autocast
     def features(self, x: Tensor, noise: Optional[list[Tensor]] = None) -> Tensor:
@@ -387,10 +376,9 @@ def draw_noise(n: int, args: Args, rng: torch.Generator) -> list[Tensor]:
         return drawn.contiguous(memory_format=torch.channels_last)
 
     side, (a, b) = args.image_size, (max(1, round(c * args.width)) for c in (96, 192))
-    if args.baseline == "minibatch":
-        first = torch.randn(n, 3, side, side, generator=rng, device=rng.device) * 0.2
-    else:
-        first = mask(0.8, 3, side, side)
+    gaussian = args.baseline == "minibatch"
+    first = (torch.randn(n, 3, side, side, generator=rng, device=rng.device) * 0.2 if gaussian
+             else mask(0.8, 3, side, side))
     return [first, mask(0.5, a, side // 2, side // 2), mask(0.5, b, side // 4, side // 4)]
 
 
@@ -663,9 +651,10 @@ def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.opti
     code has its epsilon inside the root: 1e-8 there is 1e-4 here, but for gradients near 1e-4."""
     frozen = {id(m.parametrizations.weight.original0) for m in networks.modules() if getattr(m, "frozen", False)}
     capturable = next(networks.parameters()).device.type == "cuda" and args.cuda_graph
+    epsilons = {"discriminator": args.adam_eps, "generator": args.adam_eps if args.baseline else 1e-8}
     return {name: torch.optim.Adam([p for p in networks[name].parameters() if id(p) not in frozen], lr=args.lr,
                                    betas=(args.beta1, args.beta2), eps=eps, fused=True, capturable=capturable)
-            for name, eps in (("discriminator", args.adam_eps), ("generator", args.adam_eps_generator))}
+            for name, eps in epsilons.items()}
 
 
 def learning_rate(args: Args, iteration: int) -> float:
@@ -754,7 +743,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
             descend(terms, "generator")
         if not args.baseline:
             networks["spheres"].commit(blended, args.delta)
-        average([b for b in G.buffers() if b is not G.reference])
+        average(list(G.norms.buffers()))
         if args.ema:
             for averaged, value in zip(networks["generator_ema"].state_dict().values(), G.state_dict().values()):
                 averaged.lerp_(value, 1 - args.ema)
@@ -958,7 +947,7 @@ RANGES = {"seed": "[0, 2147483648)", "num_images": "[1, inf)", "image_size": "[1
           "lr": "(0, inf)", "beta1": "[0, 1)", "beta2": "[0, 1)", "log_every": "[0, inf)", "gradient_every": "[0, inf)",
           "sample_every": "[0, inf)", "eval_every": "[0, inf)", "checkpoint_every": "[0, inf)", "num_real": "[2, inf)",
           "num_fake": "[10, inf)", "num_is": "[10, inf)", "historical_averaging": "[0, inf)",
-          "label_smoothing": "[0, 1)", "adam_eps": "(0, inf)", "adam_eps_generator": "(0, inf)"}
+          "label_smoothing": "[0, 1)", "adam_eps": "(0, inf)"}
 # What may differ from a checkpoint's run: where things are and how often one looks, nothing that training computes.
 FREE = {f.name for group in (RunArgs, LoggingArgs) for f in dataclasses.fields(group)} - {"seed", "precision"}
 FREE |= {"data_dir", "iterations"}  # iterations: without a schedule a run can be made longer
@@ -995,8 +984,8 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
             "beta": manifolds, "delta": manifolds, "manifold_in_discriminator": manifolds,
             "manifold_scale": has_width or manifolds and args.manifold_scale == "undamped",
             "correlation_in_discriminator": manifolds and args.beta > 0, "generator_steps": args.baseline,
-            "features": manifolds, "minibatch_discrimination": not minibatch, "virtual_batch_norm": minibatch,
-            "historical_averaging": minibatch, "label_smoothing": minibatch}
+            "features": manifolds, "minibatch_discrimination": not minibatch, "historical_averaging": minibatch,
+            "label_smoothing": minibatch}
     for name in used:
         if not used[name] and not sources and getattr(args, name) != getattr(Args, name):
             raise UserError(f"--{name.replace('_', '-')} has no effect on this loss: leave it out")

@@ -227,7 +227,7 @@ def test_igan_networks(script, size):
     assert shapes(discriminator, x) == [(c, v, v) for c, v in zip([96] * 3 + [192] * 6, sides)] + [(10,)]
     layers = conv(3, 96, 3) + 2 * conv(96, 96, 3) + conv(96, 192, 3) + 3 * conv(192, 192, 3) + 2 * conv(192, 192, 1)
     assert count(discriminator) == layers + 3 * 96 + 6 * 192 + conv(192, 10, 1) + 10
-    with_layer = script.Discriminator(script.dataclasses.replace(args, minibatch_discrimination=True))
+    with_layer = script.Discriminator(script.dataclasses.replace(args, baseline="minibatch"))
     assert count(with_layer) - count(discriminator) == 192 * 500 + 500 + 100 + 100 * 10
     assert discriminator.features(x).shape == (2, 192, size // 4 - 2, size // 4 - 2)
     images = generator(torch.rand(4, 100))
@@ -442,14 +442,12 @@ def test_igan_defaults(script):
     assert (args.kernel, args.beta, args.num_is) == ("rbf", 0.0, 77)
     assert (args.batch_size, args.lr, args.beta1, args.beta2, args.epochs) == (100, 3e-4, 0.5, 0.999, 1200)
     args = script.resolve(script.Args(baseline="minibatch"))
-    assert (args.generator_steps, args.historical_averaging, args.label_smoothing, args.virtual_batch_norm) == (
-        3, 1.0, 0.1, True)
+    assert (args.generator_steps, args.historical_averaging, args.label_smoothing) == (3, 1.0, 0.1)
     assert script.resolve(script.Args(baseline="feature-matching")).generator_steps == 1
-    for baseline, given, eps in ((None, None, 1e-8), ("minibatch", None, 1e-4), ("feature-matching", None, 1e-4),
-                                 (None, 1e-3, 1e-3)):
-        args = script.resolve(script.Args(baseline=baseline, adam_eps_generator=given))
+    for baseline, eps in ((None, 1e-8), ("minibatch", 1e-4), ("feature-matching", 1e-4)):
+        args = script.resolve(script.Args(baseline=baseline))
         assert (args.manifold_scale, args.manifold_in_discriminator) == ("width", False)
-        assert args.features == ("auto" if baseline else "map")
+        assert args.features == "map"
         networks = script.init_networks(dataclasses.replace(args, width=0.05), CPU)
         optimizers = script.init_optimizers(args, networks)
         assert {name: o.param_groups[0]["eps"] for name, o in optimizers.items()} == {"discriminator": 1e-4,

@@ -443,11 +443,10 @@ PLAIN = [(["--baseline", "--kernel", "rbf"], ["--kernel has no effect"]),
          (["--baseline", "--beta", "1"], ["--beta has no effect"])]
 IGAN = [(["--baseline", "minibatch", "--kernel", "rbf"], ["--kernel has no effect"]),
         (["--baseline", "feature-matching", "--label-smoothing", "0.2"], ["--label-smoothing has no effect"]),
-        (["--no-virtual-batch-norm"], ["--virtual-batch-norm has no effect"]),
+        (["--baseline", "minibatch", "--minibatch-discrimination"], ["--minibatch-discrimination has no effect"]),
         (["--baseline", "minibatch", "--historical-averaging", "-1"], ["--historical-averaging is -1"]),
         (["--baseline", "minibatch", "--label-smoothing", "1"], ["--label-smoothing is 1"]),
         (["--baseline", "minibatch", "--features", "pooled"], ["--features has no effect"]),
-        (["--baseline", "minibatch", "--minibatch-discrimination"], ["--minibatch-discrimination has no effect"]),
         (["--image-size", "36"], ["--image-size is 36", "multiple of 8"])]
 
 

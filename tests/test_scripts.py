@@ -28,7 +28,7 @@ SETTINGS = {
                             ["--baseline", "--generator-steps", "2"]],
     "mmgan_igan": MMGAN + [["--baseline", "minibatch"], ["--minibatch-discrimination", "--image-size", "48"],
                            ["--manifold-scale", "one", "--manifold-in-discriminator"], ["--features", "pooled"],
-                           ["--baseline", "minibatch", "--no-virtual-batch-norm", "--generator-steps", "2"],
+                           ["--baseline", "minibatch", "--label-smoothing", "0", "--generator-steps", "2"],
                            ["--baseline", "feature-matching", "--ema", "0.9"]]}
 SIDES = {"stl10": 48, "mnist": 28, "celeba": 64}
 

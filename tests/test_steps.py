@@ -27,8 +27,7 @@ SETTINGS = {"gngan_cnn": GNGAN, "gngan_resnet": GNGAN,
             "mmgan_igan": MMGAN + [{"features": "pooled"}, {"minibatch_discrimination": True},
                                    {"baseline": "feature-matching"},
                                    {"baseline": "minibatch", "historical_averaging": 100.0},
-                                   {"baseline": "minibatch", "virtual_batch_norm": False, "label_smoothing": 0.0,
-                                    "historical_averaging": 0.0}]}
+                                   {"baseline": "minibatch", "label_smoothing": 0.0, "historical_averaging": 0.0}]}
 
 
 @scripts.each_case(SETTINGS)
