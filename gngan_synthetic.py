@@ -742,18 +742,8 @@ FREE = {f.name for group in (RunArgs, LoggingArgs) for f in dataclasses.fields(g
 
 
 def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib.Path], Optional[dict]]:
-    """The arguments, resolved and checked; with --resume also the checkpoint's path and contents. Such a run takes the
-    saved arguments; one given by hand that would change it must agree with them."""
-    args, file, checkpoint = common.parse(Args, argv, Args(), __doc__), None, None
-    source = args.resume
-    if source == "auto":
-        if args.run_name is None:
-            raise UserError("--resume auto needs the --run-name of the folder to go on in")
-        folder = pathlib.Path(args.run_dir, args.run_name).expanduser()
-        source = folder if (folder / "checkpoint.pt").exists() else None
-    if source is not None:
-        file, checkpoint = common.read_checkpoint(source, SCRIPT)
-        args = common.parse_again(Args, argv, checkpoint, FREE, __doc__)
+    """The arguments, resolved and checked; with --resume also the checkpoint's path and contents."""
+    args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT, FREE)
     args = resolve(dataclasses.replace(args, resume=None), args.method)
     common.check_ranges(args, RANGES)
     if args.method not in (*methods_of(args.dim), "all"):

@@ -778,24 +778,10 @@ FREE |= {"data_dir", "iterations"}  # iterations: without a schedule a run can b
 
 def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib.Path], Optional[dict]]:
     """The arguments, resolved and checked; with --resume, --evaluate or --generate also the checkpoint's path and
-    contents. Such a run takes the saved arguments; one given by hand that would change it must agree with them."""
-    args, file, checkpoint = common.parse(Args, argv, Args(), __doc__), None, None
-    sources = [path for path in (args.resume, args.evaluate, args.generate) if path is not None]
-    if len(sources) > 1:
-        raise UserError("--resume, --evaluate and --generate exclude each other")
-    if args.resume == "auto":
-        if args.run_name is None:
-            raise UserError("--resume auto needs the --run-name of the folder to go on in")
-        folder = pathlib.Path(args.run_dir, args.run_name).expanduser()
-        sources = [folder] if (folder / "checkpoint.pt").exists() else []
-    if sources:
-        file, checkpoint = common.read_checkpoint(sources[0], SCRIPT)
-        free = FREE if args.resume else FREE | {"seed", "dataset", "precision"}
-        args = common.parse_again(Args, argv, checkpoint, free, __doc__)
-        if args.resume and "optimizers" not in checkpoint:
-            raise UserError(f"{file} holds G alone: give --resume the run folder or its checkpoint.pt")
-        if args.resume and args.iterations < checkpoint["iteration"]:
-            raise UserError(f"--iterations is {args.iterations}: {file} is already at {checkpoint['iteration']}")
+    contents."""
+    args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT, FREE)
+    if file and args.resume and args.iterations < checkpoint["iteration"]:
+        raise UserError(f"--iterations is {args.iterations}: {file} is already at {checkpoint['iteration']}")
     args = resolve(dataclasses.replace(args, resume=None))
     common.check_ranges(args, RANGES if isinstance(args.kernel_width, str) else RANGES | {"kernel_width": "(0, inf)"})
     manifolds = not args.baseline
@@ -805,7 +791,7 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
             "manifold_scale": has_width or manifolds and args.manifold_scale == "undamped",
             "correlation_in_discriminator": manifolds and args.beta > 0, "generator_steps": args.baseline}
     for name in used:
-        if not used[name] and not sources and getattr(args, name) != getattr(Args, name):
+        if not used[name] and not file and getattr(args, name) != getattr(Args, name):
             raise UserError(f"--{name.replace('_', '-')} has no effect on this loss: leave it out")
     return args, file, checkpoint
 

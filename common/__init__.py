@@ -66,7 +66,40 @@ def on_signals(handle: Callable[[int], object]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- command line
-def parse(cls: type, argv: Optional[list[str]], default, description: str):
+def parse(cls: type, argv: Optional[list[str]], description: str, script: str, free: set[str]):
+    """The command line as an instance of `cls`; with --resume, --evaluate or --generate also the checkpoint's path and
+    contents, else None. Such a run takes the checkpoint's arguments. A flag given by hand that differs from them raises
+    UserError, unless it is in `free`."""
+    args = read_flags(cls, argv, cls(), description)
+    given = {name: value for name in ("resume", "evaluate", "generate") if (value := getattr(args, name, None))}
+    if len(given) > 1:
+        raise UserError("--resume, --evaluate and --generate exclude each other")
+    if args.resume == "auto":
+        if args.run_name is None:
+            raise UserError("--resume auto needs the --run-name of the folder to go on in")
+        folder = pathlib.Path(args.run_dir, args.run_name).expanduser()
+        given = {"resume": folder} if (folder / "checkpoint.pt").exists() else {}
+    if not given:
+        return args, None, None
+    file, checkpoint = read_checkpoint(*given.values(), script)
+    names = {f.name for f in dataclasses.fields(cls)}
+    if odd := sorted(names ^ checkpoint["args"].keys()):
+        raise UserError(f"the checkpoint is of a {checkpoint['script']}.py with other arguments ({', '.join(odd)}): "
+                        "go on with that one")
+    saved = cls(**checkpoint["args"])
+    args = read_flags(cls, argv, saved, description)
+    bound = names - free - (set() if args.resume else {"seed", "dataset", "precision"})
+    differing = [f"--{name.replace('_', '-')} ({getattr(saved, name)} in the checkpoint, {getattr(args, name)} here)"
+                 for name in sorted(bound) if getattr(args, name) != getattr(saved, name)]
+    if differing:
+        raise UserError(f"the checkpoint is of another setting: {', '.join(differing)}; leave these flags out, or "
+                        "start a new run")
+    if args.resume and "optimizers" not in checkpoint:
+        raise UserError(f"{file} holds G alone: give --resume the run folder or its checkpoint.pt")
+    return args, file, checkpoint
+
+
+def read_flags(cls: type, argv: Optional[list[str]], default, description: str):
     """The command line as an instance of the dataclass `cls`; --help has a group of flags for each of its bases.
 
     default: the instance whose values serve where a flag is not given.
@@ -88,23 +121,6 @@ def with_help(cls: type, default) -> type:
     return dataclasses.make_dataclass(cls.__name__, [
         (name, Annotated[hint, tyro.conf.arg(help=texts[name])], getattr(default, name))
         for name, hint in get_type_hints(cls, include_extras=True).items()])
-
-
-def parse_again(cls: type, argv: Optional[list[str]], checkpoint: dict, free: set[str], description: str):
-    """The command line with a checkpoint's arguments as defaults. A flag given by hand that differs from them raises
-    UserError, unless it is in `free`."""
-    names = {f.name for f in dataclasses.fields(cls)}
-    if odd := sorted(names ^ checkpoint["args"].keys()):
-        raise UserError(f"the checkpoint is of a {checkpoint['script']}.py with other arguments ({', '.join(odd)}): "
-                        "go on with that one")
-    saved = cls(**checkpoint["args"])
-    args = parse(cls, argv, saved, description)
-    differing = [f"--{name.replace('_', '-')} ({getattr(saved, name)} in the checkpoint, {getattr(args, name)} here)"
-                 for name in sorted(names - free) if getattr(args, name) != getattr(saved, name)]
-    if differing:
-        raise UserError(f"the checkpoint is of another setting: {', '.join(differing)}; leave these flags out, or "
-                        "start a new run")
-    return args
 
 
 def check_ranges(args, ranges: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """The image scripts as users run them: run folders, resuming, kills, signals, errors, scores, generated images."""
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -26,8 +27,8 @@ from common import UserError, datasets
 
 each = scripts.each
 CONSTANT = {"gngan_resnet": ["--lr-schedule", "constant"], "mmgan_igan": ["--lr-schedule", "constant"]}
-TOTAL = 60
-LONG = ["--iterations", TOTAL, "--log-every", 5, "--sample-every", 30, "--gradient-every", 30, "--ema", "0.9"]
+TOTAL = 40
+LONG = ["--iterations", TOTAL, "--log-every", 5, "--sample-every", 20, "--gradient-every", 20, "--ema", "0.9"]
 
 
 def constant(script):
@@ -53,8 +54,15 @@ def straight(script, data, tmp_path_factory):
     return folder / "r"
 
 
+def test_what_is_alike():
+    """What guards a run is the same text in all image scripts, so that a test of it in one holds for all."""
+    for name in ("RunArgs", "autocast", "own_slice", "GraphedStep", "draw_seed", "data_order", "get_batch",
+                 "save_checkpoint", "restore", "load_generator"):
+        assert len({inspect.getsource(getattr(script, name)) for script in scripts.of(*scripts.IMAGES)}) == 1, name
+
+
 # ------------------------------------------------------------------------------------------------ what a run leaves
-@scripts.one_a_method()
+@scripts.alike()
 def test_the_run_folder(script, data, inception, tmp_path):
     """Everything that the design promises, scores included; then --evaluate and --generate from it."""
     photos(tmp_path, 12)
@@ -107,7 +115,7 @@ def test_the_run_folder(script, data, inception, tmp_path):
                                                 if k not in ("seconds", "images_per_second")}
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_generating(script, straight, tmp_path):
     """A folder of PNGs, one array, one grid, of the averaged G; from generator.pt too."""
     run(script, "--generate", straight, "--num-images", 11, "--out", tmp_path / "png")
@@ -159,7 +167,7 @@ def test_epochs_and_what_mmgan_shows(script, data, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- interruptions
-@scripts.one_a_method()
+@scripts.alike()
 def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_path):
     """Ctrl-C, SIGTERM, Slurm's SIGUSR1, a closed terminal: weights, moments, averages, order of the data and draws are
     bit for bit those of a run left alone. What is printed at the end goes on as it stands, also in a folder whose
@@ -167,7 +175,7 @@ def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_pa
     process = Process(script, *arguments(data, tmp_path / "my runs", "r", *LONG, "--checkpoint-every", 0))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         wait_for(lambda: "to watch" in process.read("out"), process)
-        time.sleep(0.2)
+        time.sleep(0.1)
         process.send_signal(number)
         out, err = process.communicate()
         assert process.returncode == 128 + number and "Traceback" not in err, err
@@ -177,7 +185,7 @@ def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_pa
     _, err = process.communicate()
     assert process.returncode == 0, err
     same_checkpoints(tmp_path / "my runs/r", straight)
-    for name in ("00000030.png", "00000060.png"):
+    for name in ("00000020.png", "00000040.png"):
         assert (tmp_path / "my runs/r/samples" / name).read_bytes() == (straight / "samples" / name).read_bytes()
     for tag in ("losses/generator", "losses/score_fake", "charts/learning_rate"):
         ours, theirs = ([(e.step, e.value) for e in scalars(f, tag)] for f in (tmp_path / "my runs/r", straight))
@@ -194,7 +202,7 @@ def test_kills(script, straight, data, tmp_path):
     for kill in range(5):
         start = checkpoint(folder)["iteration"] if file.exists() else 0  # never a torn file
         process = Process(script, *command)
-        writes = rng.randrange(1, 6) if kill and start < TOTAL - 25 else 0  # the run must not end before its kills
+        writes = rng.randrange(1, 6) if kill and start < TOTAL - 20 else 0  # the run must not end before its kills
         for _ in range(writes):
             before = file.stat().st_ino if file.exists() else None
             wait_for(lambda: file.exists() and file.stat().st_ino != before, process)
@@ -208,7 +216,7 @@ def test_kills(script, straight, data, tmp_path):
     same_checkpoints(folder, straight)
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
     """By a signal, which makes it end without scores, or by a kill: the run that goes on begins with it."""
     class Evaluator:
@@ -276,21 +284,21 @@ def test_improved_gan_resumes_exactly(script, data, tmp_path):
     assert not networks["discriminator.convs.0.parametrizations.weight.original0"].eq(1).any()
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_looking_does_not_change_training(script, straight, data, tmp_path):
     run(script, *arguments(data, tmp_path, "r", *LONG, "--sample-every", 7, "--log-every", 1, "--gradient-every", 3,
                            "--checkpoint-every", 9))
     same_checkpoints(tmp_path / "r", straight)
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_a_finished_run_resumed_is_finished(script, straight):
     before = (straight / "generator.pt").read_bytes()
     out, _ = run(script, "--resume", straight)
     assert f"{TOTAL} iterations" in out.splitlines()[-1] and (straight / "generator.pt").read_bytes() == before
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_a_full_disk_keeps_the_old_checkpoint(script, data, tmp_path):
     run(script, *arguments(data, tmp_path, "r", "--iterations", 2, *constant(script)))
     before = (tmp_path / "r/checkpoint.pt").read_bytes()
@@ -315,7 +323,7 @@ def test_a_diverged_run_stops(script, data, tmp_path):
     assert saved["iteration"] == 0 and all(v.isfinite().all() for v in saved["networks"].values())
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_weights_that_the_last_update_spoiled_are_not_saved(script, data, tmp_path):
     """G's last update can spoil its weights after every loss of the iteration was finite."""
     run(script, *arguments(data, tmp_path, "r", "--iterations", 1, *constant(script)))
@@ -327,17 +335,17 @@ def test_weights_that_the_last_update_spoiled_are_not_saved(script, data, tmp_pa
     assert "not finite at iteration 2;" in err and (tmp_path / "r/checkpoint.pt").read_bytes() == before
 
 
-@scripts.one_a_method()
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_training(script, tmp_path, number):
+@scripts.alike()
+def test_a_signal_before_training(script, tmp_path):
     """While the data are decoded: no traceback, no run folder left."""
     archive = make_data.image_zip(tmp_path / "many.zip", 200, 512)
-    process = Process(script, *arguments(archive, tmp_path / "runs", "r"))
-    wait_for(lambda: "decoding" in process.read("err"), process)
-    process.send_signal(number)
-    _, err = process.communicate()
-    assert process.returncode == 128 + number and "Traceback" not in err, err
-    assert not list((tmp_path / "runs").iterdir())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = Process(script, *arguments(archive, tmp_path / "runs", "r"))
+        wait_for(lambda: "decoding" in process.read("err"), process)
+        process.send_signal(number)
+        _, err = process.communicate()
+        assert process.returncode == 128 + number and "Traceback" not in err, err
+        assert not list((tmp_path / "runs").iterdir())
 
 
 @each("gngan_cnn", "gngan_synthetic")
@@ -354,7 +362,7 @@ def test_ctrl_c_while_pytorch_is_imported(script):
     assert process.returncode == -signal.SIGINT and "Traceback" not in seen
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_two_runs_of_one_name(script, data, tmp_path):
     given = arguments(data, tmp_path, "r", "--iterations", 100000)
     first = Process(script, *given)
@@ -410,7 +418,7 @@ def test_values_out_of_range(script, flag, value):
     refuse(script, [f"{flag} is {value}", ": it must be in "], flag, value)
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_errors_are_one_line(script, data, tmp_path):
     """What only a run can tell, and no run folder left behind."""
     given = arguments(data, tmp_path / "runs", "r")
@@ -474,7 +482,7 @@ def changed(folder, tmp_path, **changes):
     return tmp_path / "copy"
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_resume_errors(script, straight, data, tmp_path):
     refuse(script, ["--lr (0.000", "--width (0.03125 in the checkpoint, 0.5 here)", "leave these flags out"],
            "--resume", straight, "--width", "0.5", "--lr", "0.1")
@@ -504,7 +512,7 @@ def test_resume_errors(script, straight, data, tmp_path):
                                ["--generate", changed(straight, tmp_path, networks=networks)])])
 
 
-@scripts.one_a_method()
+@scripts.alike()
 def test_a_pickle_that_runs_code_is_refused(script, tmp_path):
     class Evil:
         def __reduce__(self):
