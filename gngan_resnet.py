@@ -3,7 +3,7 @@
 
     python gngan_resnet.py                                  # CIFAR-10, hinge loss, 200,000 iterations: table 3
     python gngan_resnet.py --dataset stl10                  # STL-10 at 48x48
-    python gngan_resnet.py --dataset folder --data-dir photos.zip --width 0.25 --eval-every 0   # any images, on a CPU
+    python gngan_resnet.py --dataset folder --data-dir photos --width 0.25 --iterations 20000 --eval-every 0  # photos
 
 An encoder E, a generator G and a discriminator D. Each iteration draws one mini-batch x and one z for three updates:
 
@@ -56,7 +56,7 @@ Discriminate = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> logits [B]
 @dataclass
 class RunArgs:
     seed: int = 1
-    """Of the initial weights, the order of the data and every draw."""
+    """Seed of the initial weights, the order of the data and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -117,7 +117,8 @@ class LossArgs:
     autoencoder: bool = True
     """The autoencoder's update and V_C of Eq. 7; without: figure 7's standard GAN."""
     distgan: bool = False
-    """The baseline Dist-GAN (Tran, Bui and Cheung 2018): no neighbour embedding, no gradient matching."""
+    """The baseline Dist-GAN (Tran, Bui and Cheung 2018): its autoencoder compares D's features; no neighbour embedding,
+    no gradient matching."""
     lambda_p: Optional[float] = None
     """Weight of the gradient penalty V_P. Default: 1 [paper]; 0 without an autoencoder [ours]."""
     lambda_r: float = 1.0
@@ -131,10 +132,10 @@ class LossArgs:
     penalty: Literal["auto", "score", "l2", "rms", "reversed"] = "auto"
     """Whose gradient V_P holds at norm 1. score: the sigmoid score's, D as in the paper. l2: the logit's. rms: the
     logit's by root mean square over pixels, as in the authors' code. reversed: rms with a minus before V_P, as in their
-    hinge loss. auto: rms; with --hinge reversed."""
+    hinge loss, so that slopes are drawn to 0. auto: rms; with --hinge reversed."""
     autoencoder_updates: Literal["both", "separate", "encoder"] = "both"
     """The autoencoder's update trains E and G (the paper; with one Adam for both updates of G), E and G with moments of
-    G's own for it (separate), or E alone (the authors' code)."""
+    G's own for it (separate), or E alone (the authors' code for CIFAR-10 and STL-10)."""
 
 
 @dataclass
@@ -429,7 +430,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, reconstruction: Optional[Tens
 
 
 def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mix: Tensor,
-                     penalty: str = "l2") -> Tensor:
+                     penalty: str = "rms") -> Tensor:
     """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8); scalar.
 
     real, fake [B, C, H, W]; mix [B, 1, 1, 1] from U(0, 1). penalty: score, the norm of the sigmoid score's gradient;
@@ -454,7 +455,7 @@ def gradient_matching(discriminator: Discriminate, real: Tensor, fake: Tensor) -
     """
     def terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logit, gradient = logit_and_gradient(discriminator, x)
-        # The logit's derivative is at hand: this way it depends on x by it, not by going back through D once more.
+        # The same value, but its derivative by x is the gradient at hand: no second backward pass through D.
         logit = logit.detach() + ((x - x.detach()) * gradient.detach()).flatten(1).sum(1)
         score = torch.sigmoid(logit)
         slope = score * (1 - score)
@@ -504,7 +505,7 @@ def discriminator_objective(args: Args, networks: nn.ModuleDict, x: Tensor, fake
     terms = {"score_real": torch.sigmoid(logits[0]).mean(), "score_fake": torch.sigmoid(logits[1]).mean()}
     if args.lambda_p:
         terms["gradient_penalty"] = gradient_penalty(D, x, fake, mix, args.penalty)
-        # reversed: -V_P grows with slopes up to 1, at 32x32 an L2 norm of 55, which D stays far below
+        # reversed: slopes below 1 (at 32x32 an L2 norm of 55), as D's are, are drawn to 0
         loss = loss + (-args.lambda_p if args.penalty == "reversed" else args.lambda_p) * terms["gradient_penalty"]
     return {"discriminator": loss, **terms}
 
@@ -560,8 +561,8 @@ def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
 
 
 def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.optim.Adam]:
-    """One Adam a network. Adam normalises gradients: with moments of its own (`reconstruction`) the autoencoder's
-    update would move G as far as the generator's does, however small its gradient."""
+    """One Adam a network. Adam normalises gradients: with moments of G's own for it (the optimiser `reconstruction`, of
+    --autoencoder-updates separate) the autoencoder's update moves G as far as G's own, however small its gradient."""
     trained = {"discriminator": "discriminator", "generator": "generator"}
     if args.autoencoder:
         trained["encoder"] = "encoder"
@@ -798,7 +799,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
             disable=not first, postfix="compiling" if args.compile else None) as bar:
         for iteration in range(start, args.iterations + 1):
             last = iteration == args.iterations or stopping()
-            new = iteration > start or checkpoint is None  # what a checkpoint has seen is done but for its evaluation
+            new = iteration > start or checkpoint is None  # a resumed run's first is saved; its scores may be missing
             log, sample, evaluate = due(args.log_every), due(args.sample_every), due(args.eval_every)
             measure, save = due(args.gradient_every), last or evaluate or due(args.checkpoint_every) or iteration == 0
             pause = log or sample or measure or save  # these wait for the device
@@ -873,11 +874,12 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
         raise UserError(f"--iterations is {args.iterations}: {file} is already at {checkpoint['iteration']}")
     args = resolve(dataclasses.replace(args, resume=None))
     common.check_ranges(args, RANGES)
-    used = {"lambda_m1": args.gradient_matching, "lambda_m2": args.gradient_matching, "alpha": args.autoencoder,
+    used = {"out": args.generate, "num_images": args.generate,
+            "lambda_m1": args.gradient_matching, "lambda_m2": args.gradient_matching, "alpha": args.autoencoder,
             "lambda_r": args.neighbor_embedding or args.distgan, "autoencoder_updates": args.autoencoder}
     for name in used:
         if not used[name] and not file and getattr(args, name) != getattr(Args, name):
-            raise UserError(f"--{name.replace('_', '-')} has no effect on this loss: leave it out")
+            raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
     if args.distgan and not args.autoencoder:
         raise UserError("--distgan needs its autoencoder: leave --no-autoencoder out")
     if args.image_size % 8:
@@ -926,7 +928,7 @@ def main() -> int:
             common.write_images(sample, args.num_images, args.out)
         return 0
     if args.batch_size % world or args.batch_size < 2 * world:
-        raise UserError(f"--batch-size {args.batch_size} must divide by {world} processes, and give each 2 images")
+        raise UserError(f"--batch-size {args.batch_size} must be divisible by {world} processes, with 2 images each")
     name = args.run_name or f"{args.dataset}__{SCRIPT}__{args.seed}__{int(time.time())}"
     place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
     with (common.run_folder(place, resume=file is not None, free_name=args.run_name is None)
@@ -949,7 +951,7 @@ def main() -> int:
         if len(images) < args.batch_size:
             raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
         if checkpoint is not None:
-            checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # another process may have written it since
+            checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
             if checkpoint["data"] != common.fingerprint(images):
                 raise UserError(f"the images in {args.data_dir} are not those that the run began with: give its "
                                 "--data-dir, or start a new run")

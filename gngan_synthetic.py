@@ -105,7 +105,7 @@ class LossArgs:
     square over coordinates, as in the authors' code."""
     autoencoder_updates: Literal["both", "separate", "encoder"] = "separate"
     """GN-GAN, Dist-GAN: the autoencoder's update trains E and G with one Adam for both updates of G (both), E and G
-    with moments of G's own for it, as the authors' code does and table 2 was made (separate), or E alone."""
+    with moments of G's own for it, as the authors' 2D code does and our table 2 was made (separate), or E alone."""
     critic_steps: Optional[int] = None
     """D updates an iteration, each on its own mini-batch. Default: gngan 1; distgan 5 in 2D, 3 in 1D [authors' code];
     wgangp 5 in 2D, 3 in 1D [authors' code]; gan 2 and ali 5 [tuned]; vaegan 1."""
@@ -804,8 +804,9 @@ def table(results: dict[str, dict], dim: int) -> str:
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
-    note = {2: "* our definitions; the paper's two columns are not defined there and not comparable",
-            1: "* as in 2D; W1: the Wasserstein-1 distance between generated and real points"}[dim]
+    note = "a run's figure is the mean of its last ten evaluations; " + {
+        2: "* our definitions; the paper's two columns are not defined there and not comparable",
+        1: "* as in 2D; W1: the Wasserstein-1 distance between generated and real points"}[dim]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
 
 
@@ -954,7 +955,7 @@ def main() -> int:
     with common.run_folder(place, resume=file is not None, free_name=args.run_name is None) as folder:
         models, current, records = {}, None, folder / "metrics.jsonl"
         if file:
-            checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # another process may have written it since
+            checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
             models, current, begin = checkpoint["finished"], checkpoint["method"], checkpoint["iteration"]
             common.write_lines(records, [r for r in common.read_lines(records) if r["method"] in models
                                          or r["method"] == current and r["iteration"] < begin])

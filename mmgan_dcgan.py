@@ -5,7 +5,7 @@ figure 3 (a)-(e) and (g), with every kernel, without kernel, without correlation
     python mmgan_dcgan.py --dataset cifar10              # figure 3 (g): the paper's Inception Score of 6.96
     python mmgan_dcgan.py --dataset celeba --beta 0      # table I, CelebA without R_G
     python mmgan_dcgan.py --baseline                     # DCGAN on the same networks
-    python mmgan_dcgan.py --dataset folder --data-dir photos.zip --width 0.25 --eval-every 0   # any images, on a CPU
+    python mmgan_dcgan.py --dataset folder --data-dir photos --width 0.25 --iterations 20000 --eval-every 0  # photos
 
 A generator G and a discriminator D. D gives each image a feature vector, and MMGAN takes those of real and of generated
 images for two manifolds. Each is a sphere, in a kernel's Hilbert space, with a centroid and a radius (Eq. 3, 4, 7). An
@@ -59,7 +59,7 @@ Manifold = tuple[Tensor, Tensor]  # centroid [d], radius []
 @dataclass
 class RunArgs:
     seed: int = 1
-    """Of the initial weights, the order of the data and every draw."""
+    """Seed of the initial weights, the order of the data and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -128,8 +128,8 @@ class LossArgs:
     manifold_in_discriminator: bool = True
     """D's loss has L_G, with a minus and unscaled [paper: Eq. 6, 10]; without: it is G's alone."""
     correlation_in_discriminator: bool = False
-    """D's loss has R_G, with a minus [Eq. 10], by which D learns to see all generated images as the same and nothing
-    else; without: it is G's alone [paper: section V]."""
+    """D's loss has R_G, with a minus [Eq. 10]; D then learns only to see all generated images as the same. Without: it
+    is G's alone [paper: section V]."""
     baseline: bool = False
     """Plain DCGAN: no manifolds, G's loss is -E log D(G(z))."""
     generator_steps: int = 1
@@ -713,7 +713,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
             disable=not first, postfix="compiling" if args.compile else None) as bar:
         for iteration in range(start, args.iterations + 1):
             last = iteration == args.iterations or stopping()
-            new = iteration > start or checkpoint is None  # what a checkpoint has seen is done but for its evaluation
+            new = iteration > start or checkpoint is None  # a resumed run's first is saved; its scores may be missing
             log, sample, evaluate = due(args.log_every), due(args.sample_every), due(args.eval_every)
             measure, save = due(args.gradient_every), last or evaluate or due(args.checkpoint_every) or iteration == 0
             pause = log or sample or measure or save  # these wait for the device
@@ -786,13 +786,14 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
     common.check_ranges(args, RANGES if isinstance(args.kernel_width, str) else RANGES | {"kernel_width": "(0, inf)"})
     manifolds = not args.baseline
     has_width = manifolds and args.kernel in ("poly", "rbf", "exp")
-    used = {"kernel": manifolds, "kernel_width": has_width, "alpha": manifolds and args.kernel != "none",
+    used = {"out": args.generate, "num_images": args.generate,
+            "kernel": manifolds, "kernel_width": has_width, "alpha": manifolds and args.kernel != "none",
             "beta": manifolds, "delta": manifolds, "manifold_in_discriminator": manifolds,
             "manifold_scale": has_width or manifolds and args.manifold_scale == "undamped",
             "correlation_in_discriminator": manifolds and args.beta > 0, "generator_steps": args.baseline}
     for name in used:
         if not used[name] and not file and getattr(args, name) != getattr(Args, name):
-            raise UserError(f"--{name.replace('_', '-')} has no effect on this loss: leave it out")
+            raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
     return args, file, checkpoint
 
 
@@ -837,7 +838,7 @@ def main() -> int:
             common.write_images(sample, args.num_images, args.out)
         return 0
     if args.batch_size % world or args.batch_size < 2 * world:
-        raise UserError(f"--batch-size {args.batch_size} must divide by {world} processes, and give each 2 images")
+        raise UserError(f"--batch-size {args.batch_size} must be divisible by {world} processes, with 2 images each")
     name = args.run_name or f"{args.dataset}__{SCRIPT}__{args.seed}__{int(time.time())}"
     place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
     with (common.run_folder(place, resume=file is not None, free_name=args.run_name is None)
@@ -861,7 +862,7 @@ def main() -> int:
         if len(images) < args.batch_size:
             raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
         if checkpoint is not None:
-            checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # another process may have written it since
+            checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
             if checkpoint["data"] != common.fingerprint(images):
                 raise UserError(f"the images in {args.data_dir} are not those that the run began with: give its "
                                 "--data-dir, or start a new run")

@@ -119,7 +119,8 @@ def with_help(cls: type, default) -> type:
     texts = {field.target.id: " ".join(doc.value.value.split()) for field, doc in zip(body, body[1:])
              if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)}
     return dataclasses.make_dataclass(cls.__name__, [
-        (name, Annotated[hint, tyro.conf.arg(help=texts[name])], getattr(default, name))
+        (name, Annotated[hint, tyro.conf.arg(help=texts[name], help_behavior_hint=lambda value: (
+            "" if value == "None" else f"(default: {value})"))], getattr(default, name))
         for name, hint in get_type_hints(cls, include_extras=True).items()])
 
 
@@ -306,6 +307,8 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str) ->
     else a PNG each in the folder `out`. sample: maps n to n new images, uint8 [n, C, H, W]."""
     path = pathlib.Path(out).expanduser()
     single = path.suffix in (".npy", ".png")
+    if not single and path.suffix.lower() in Image.registered_extensions():
+        raise UserError(f"--out {out}: a grid's name ends in .png")
     try:
         (path.parent if single else path).mkdir(parents=True, exist_ok=True)
         if not single and any(path.iterdir()):

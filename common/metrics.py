@@ -180,6 +180,8 @@ def download_weights() -> pathlib.Path:
 def read_scores(run: str, key: str) -> dict[int, float]:
     """Iteration -> score of a run folder."""
     path = pathlib.Path(run, "metrics.jsonl")
+    if not path.exists():
+        raise UserError(f"{run} has no scores: metrics.jsonl is not there")
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return {line["iteration"]: float(line[key]) for line in lines}
@@ -210,7 +212,7 @@ def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, ke
             label, folder = pathlib.Path(path).resolve().name, path
         groups.setdefault(label, []).append(read_scores(folder, key))
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="iteration", ylabel=key)
+    axes = figure.add_subplot(xlabel="iteration", ylabel=key.upper() if key == "fid" else key)
     for label, scores in groups.items():
         steps = sorted(set.intersection(*map(set, scores)))
         if not steps:

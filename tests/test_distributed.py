@@ -136,7 +136,7 @@ def test_one_that_dies_ends_all(script, data, tmp_path):
 def test_a_mini_batch_that_does_not_divide(script, data, tmp_path):
     processes = start_together(3, script, *arguments(data, tmp_path, "r"))
     for err in finish(processes, 2):
-        assert err.startswith(f"{script.SCRIPT}.py: error: --batch-size 8 must divide by 3 processes")
+        assert err.startswith(f"{script.SCRIPT}.py: error: --batch-size 8 must be divisible by 3 processes")
         assert len(err.splitlines()) == 1
     assert not (tmp_path / "r").exists()
 

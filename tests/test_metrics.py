@@ -240,7 +240,7 @@ def test_what_the_figure_shows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("runs,out,key,words", [
     (["a"], "x.png", "recall", "has no 'recall'; it has iteration, fid, kid_mean"),
-    (["a"], "x.jpeg.", "fid", "ends in .png, .pdf or .svg"), (["nowhere"], "x.png", "fid", "cannot read nowhere"),
+    (["a"], "x.jpeg.", "fid", "ends in .png, .pdf or .svg"), (["nowhere"], "x.png", "fid", "nowhere has no scores"),
     ([], "x.png", "fid", "give the folders"), (["a"], "nowhere/x.png", "fid", "cannot write nowhere/x.png"),
     (["cut"], "x.png", "fid", "cannot read cut"),
     (["G=a", "G=b"], "x.png", "fid", "the runs of G have no scored iteration in common")])

@@ -136,6 +136,7 @@ def test_generating(script, straight, tmp_path):
     assert np.array_equal(sample(11).permute(0, 2, 3, 1).numpy(), array)
     check_errors(script, [
         (["png is not empty", "--out"], ["--generate", straight, "--out", tmp_path / "png"]),
+        (["grid.jpg: a grid's name ends in .png"], ["--generate", straight, "--out", tmp_path / "grid.jpg"]),
         (["/proc/nowhere", "--out"], ["--generate", straight, "--out", "/proc/nowhere/x.npy"]),
         (["--num-images is 0"], ["--generate", straight, "--num-images", 0])])
 
@@ -435,7 +436,7 @@ def test_errors_are_one_line(script, data, tmp_path):
     refuse(script, ["exclude each other"], "--evaluate", "a", "--generate", "b")
 
 
-GNGAN = [(["--distgan", "--no-autoencoder"], ["--distgan needs its autoencoder"]),
+GNGAN = [(["--out", "grid.png"], ["--out has no effect here"]), (["--distgan", "--no-autoencoder"], ["--distgan needs its autoencoder"]),
          (["--lambda-p", "-1"], ["--lambda-p is -1"]), (["--alpha", "1"], ["--alpha is 1"]),
          (["--image-size", "36"], ["--image-size is 36", "multiple of 8"]),
          (["--no-gradient-matching", "--lambda-m1", "2"], ["--lambda-m1 has no effect"]),
