@@ -176,7 +176,7 @@ def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_pa
     process = Process(script, *arguments(data, tmp_path / "my runs", "r", *LONG, "--checkpoint-every", 0))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         wait_for(lambda: "to watch" in process.read("out"), process)
-        time.sleep(0.1)
+        time.sleep(0.05)
         process.send_signal(number)
         out, err = process.communicate()
         assert process.returncode == 128 + number and "Traceback" not in err, err
@@ -422,21 +422,22 @@ def test_values_out_of_range(script, flag, value):
 @scripts.alike()
 def test_errors_are_one_line(script, data, tmp_path):
     """What only a run can tell, and no run folder left behind."""
-    given = arguments(data, tmp_path / "runs", "r")
-    check_errors(script, [
-        (["--lr is -1.0: it must be in (0, inf)"], [*given, "--lr", "-1"]),
-        (["40 images", "--batch-size 64"], [*given, "--batch-size", 64]),
-        (["nowhere", "--data-dir"], [*given, "--data-dir", "nowhere"]),
-        (["/proc/nowhere", "--run-dir"], [*given, "--run-dir", "/proc/nowhere"]),
-        (["File name too long", "--run-dir"], [*given, "--run-name", 300 * "x"]),
-        (["no checkpoint at nowhere"], [*given, "--resume", "nowhere"]),
-        (["nowhere.pth"], [*given, "--eval-every", 1, "--inception-weights", "nowhere.pth"])])
+    cases = [(["--lr is -1.0: it must be in (0, inf)"], ["--lr", "-1"]),
+             (["40 images", "--batch-size 64"], ["--batch-size", 64]),
+             (["nowhere", "--data-dir"], ["--data-dir", "nowhere"]),
+             (["/proc/nowhere", "--run-dir"], ["--run-dir", "/proc/nowhere"]),
+             (["File name too long", "--run-dir"], ["--run-name", 300 * "x"]),
+             (["no checkpoint at nowhere"], ["--resume", "nowhere"]),
+             (["nowhere.pth"], ["--eval-every", 1, "--inception-weights", "nowhere.pth"])]
+    check_errors(script, [(words, [*arguments(data, tmp_path / "runs", f"r{number}"), *given])
+                          for number, (words, given) in enumerate(cases)])
     assert not list((tmp_path / "runs").iterdir())
     refuse(script, ["--resume auto needs the --run-name"], "--resume", "auto")
     refuse(script, ["exclude each other"], "--evaluate", "a", "--generate", "b")
 
 
-GNGAN = [(["--out", "grid.png"], ["--out has no effect here"]), (["--distgan", "--no-autoencoder"], ["--distgan needs its autoencoder"]),
+GNGAN = [(["--out", "grid.png"], ["--out has no effect here"]),
+         (["--distgan", "--no-autoencoder"], ["--distgan needs its autoencoder"]),
          (["--lambda-p", "-1"], ["--lambda-p is -1"]), (["--alpha", "1"], ["--alpha is 1"]),
          (["--image-size", "36"], ["--image-size is 36", "multiple of 8"]),
          (["--no-gradient-matching", "--lambda-m1", "2"], ["--lambda-m1 has no effect"]),
