@@ -71,7 +71,8 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str, f
     contents, else None. Such a run takes the checkpoint's arguments. A flag given by hand that differs from them raises
     UserError, unless it is in `free`."""
     args = read_flags(cls, argv, cls(), description)
-    given = {name: value for name in ("resume", "evaluate", "generate") if (value := getattr(args, name, None))}
+    given = {name: getattr(args, name, None) for name in ("resume", "evaluate", "generate")}
+    given = {name: value for name, value in given.items() if value is not None}  # an empty path is refused below
     if len(given) > 1:
         raise UserError("--resume, --evaluate and --generate exclude each other")
     if args.resume == "auto":

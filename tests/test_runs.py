@@ -434,6 +434,7 @@ def test_errors_are_one_line(script, data, tmp_path):
     assert not list((tmp_path / "runs").iterdir())
     refuse(script, ["--resume auto needs the --run-name"], "--resume", "auto")
     refuse(script, ["exclude each other"], "--evaluate", "a", "--generate", "b")
+    refuse(script, ["no checkpoint at"], "--resume", "")  # an unset shell variable must not start a new run
 
 
 GNGAN = [(["--out", "grid.png"], ["--out has no effect here"]),
