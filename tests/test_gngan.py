@@ -123,6 +123,30 @@ def test_gradient_penalty(script, penalty):
 
 
 @every
+def test_the_default_penalty_keeps_the_hinge_loss_alive(script):
+    """D alone on images that it can tell apart: the sigmoid's slope, through which all of Eq. 13 reaches G, stays; with
+    the logit's gradient and the formula's sign it goes."""
+    def slope(penalty):
+        args = script.resolve(script.Args(hinge=True, penalty=penalty, width=0.05, image_size=16, latent_dim=8))
+        networks = script.init_networks(args, CPU)
+        g = torch.Generator().manual_seed(0)
+        x = torch.rand(16, 3, 1, 1, generator=g) / 2 + 0.25 + torch.randn(16, 3, 16, 16, generator=g) / 10
+        fake = torch.rand(16, 3, 16, 16, generator=g)
+        optimizer = torch.optim.Adam(networks["discriminator"].parameters(), 4e-3, (0.5, 0.9))
+        for _ in range(100):
+            optimizer.zero_grad()
+            mix = torch.rand(16, 1, 1, 1, generator=g)
+            script.discriminator_objective(args, networks, x, fake, None, mix)["discriminator"].backward()
+            optimizer.step()
+        with torch.no_grad():
+            score = torch.sigmoid(networks["discriminator"](torch.cat([x, fake])))
+        return (score * (1 - score)).mean().item()
+
+    alive = slope("auto")
+    assert alive > 0.01 and alive > 3 * slope("rms")
+
+
+@every
 def test_gradient_penalty_trains_the_discriminator(script):
     """Its gradient to D's weights, through the second derivative, against finite differences."""
     weight = torch.randn(9, generator=torch.Generator().manual_seed(0), requires_grad=True)
