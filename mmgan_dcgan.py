@@ -19,86 +19,72 @@ What to expect: docs/mmgan.md.
 """
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported ends without a traceback
-
 import contextlib
 import copy
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import sys
 import time
-import warnings
 from dataclasses import dataclass
-from typing import Annotated, Callable, Literal, Optional, Union
+from typing import Callable, Literal, NamedTuple, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import common
-from common import UserError, datasets
+from common import datasets, training
+from common.training import autocast, draw_seed, due
 
 SCRIPT = pathlib.Path(__file__).stem
-SHOWN = (("D", "discriminator"), ("G", "generator"))  # the progress bar's losses
-Manifold = tuple[Tensor, Tensor]  # centroid [d], radius []
+Terms = dict[str, Tensor]  # by name, what goes to TensorBoard: scalars, or a number, or what has a mean
 
 
-# ----------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------ arguments
 @dataclass
-class RunArgs:
+class Args:
+    # run
     seed: int = 1
     """Seed of the initial weights, the order of the data and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """tf32: on a GPU, matrix products in TF32. bf16: the networks under autocast, also on a CPU; losses in fp32."""
+    """tf32: on a GPU, matrix products in TF32. bf16: networks under autocast, also on a CPU."""
     compile: bool = False
     """torch.compile the losses (a minute or more at the start)."""
     cuda_graph: bool = True
-    """On a GPU: capture one iteration as a CUDA graph and replay it. Without effect on a CPU and under torchrun."""
+    """On a GPU: capture one iteration as a CUDA graph and replay it. Not under torchrun."""
     deterministic: bool = False
-    """On a GPU: deterministic algorithms only, so that a resumed run repeats bit for bit (a CPU always does)."""
+    """On a GPU: deterministic algorithms only; a resumed run then repeats bit for bit, as on a CPU."""
     run_dir: str = "runs"
     """The folder for run folders."""
     run_name: Optional[str] = None
     """The run folder's name. Default: {dataset}__{script}__{seed}__{time}."""
     resume: Optional[str] = None
-    """A run folder or its checkpoint.pt: go on there, with the arguments saved in it. auto: go on in --run-name's
-    folder if it has a checkpoint, else start it."""
+    """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
+    auto: go on in --run-name's folder if it has a checkpoint, else start it."""
     evaluate: Optional[str] = None
-    """A run folder, checkpoint.pt or generator.pt: print its scores as one line of JSON; train nothing."""
+    """A run folder, checkpoint.pt or generator.pt: print its scores as JSON; train nothing."""
     generate: Optional[str] = None
-    """A run folder, checkpoint.pt or generator.pt: write --num-images generated images to --out; train nothing."""
+    """A run folder, checkpoint.pt or generator.pt: write images of it to --out; train nothing."""
     num_images: int = 64
     """With --generate: how many."""
     out: str = "generated"
-    """With --generate: a folder for PNGs, x.png for one grid, or x.npy for one uint8 array [N, H, W, C]."""
+    """With --generate: a folder for PNGs, x.png for a grid, x.npy for a uint8 array [N, H, W, C]."""
 
-
-@dataclass
-class DataArgs:
+    # data
     dataset: Literal["mnist", "celeba", "cifar10", "folder"] = "mnist"
-    """folder: a directory (recursive) or .zip of images, centre-cropped to squares and resized to --image-size."""
+    """folder: a directory (recursive) or .zip of images, cut to squares, resized to --image-size."""
     data_dir: str = "data"
     """Where data sets are kept and downloaded to; with folder, the directory or .zip itself."""
     image_size: Optional[int] = None
     """Height and width. Default: mnist 28, celeba 64, else 32 [DCGAN's code]."""
 
-
-@dataclass
-class ModelArgs:
+    # model
     width: float = 1.0
     """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
     latent_dim: int = 100
@@ -106,64 +92,56 @@ class ModelArgs:
     ema: float = 0.0
     """Decay of a moving average of G's weights, used for samples and scores; 0: off [paper]."""
 
-
-@dataclass
-class LossArgs:
+    # loss
     kernel: Literal["auto", "none", "linear", "poly", "rbf", "exp"] = "auto"
     """K of Eq. 7 and 8; none: Eq. 4 and 5. auto: rbf; celeba: exp [paper, figure 3]."""
-    kernel_width: Union[Literal["auto", "real"], float] = "auto"
-    """The kernel's width w [the paper gives none]. real: a moving average of the real features' spread, that is, their
-    mean squared distance (rbf) or distance (exp) from their centroid, or their squared norm (poly). auto: the mean of
-    that and of all features' spread, real and generated, so that K between the centroids cannot vanish."""
+    kernel_width: Optional[float] = None
+    """The kernel's width w [the paper gives none].
+    Default: a moving average of the mean of two spreads, the real features' and all features' [ours].
+    So K between the centroids cannot vanish."""
     alpha: float = 1.0
     """Weight of the difference of radii in Eq. 8 [paper]."""
     beta: Optional[float] = None
-    """Weight of the correlation regulariser R_G; 0: "No R_G". Default: 1; cifar10: 0.1 [paper]; folder: 0.1 [ours]."""
+    """Weight of the correlation regulariser R_G; 0: "No R_G".
+    Default: 1; cifar10: 0.1 [paper]; folder: 0.1 [ours]."""
     delta: float = 0.9
     """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
-    manifold_scale: Literal["one", "width", "undamped"] = "one"
-    """Factor of L_G in G's loss. one: 1 [paper]. width: the kernel's width, in which distances have the features' own
-    unit, as in feature matching [ours]. undamped: 1 / (1 - delta), since the moving averages pass only 1 - delta of
-    L_G's gradient [ours]."""
+    manifold_scale: Literal["one", "width"] = "one"
+    """Factor of L_G in G's loss. one: 1 [paper].
+    width: the kernel's width, so that distances have the features' unit, as in feature matching [ours]."""
     manifold_in_discriminator: bool = True
     """D's loss has L_G, with a minus and unscaled [paper: Eq. 6, 10]; without: it is G's alone."""
     correlation_in_discriminator: bool = False
-    """D's loss has R_G, with a minus [Eq. 10]; D then learns only to see all generated images as the same. Without: it
-    is G's alone [paper: section V]."""
+    """D's loss has R_G, with a minus [Eq. 10]. D then learns only to see all generated images as equal.
+    Without: G's alone [paper: section V]."""
     baseline: bool = False
     """Plain DCGAN: no manifolds, G's loss is -E log D(G(z))."""
     generator_steps: int = 1
-    """With --baseline: updates of G an iteration; DCGAN's code has 2."""
+    """Updates of G an iteration: Algorithm 1 has 1, DCGAN's code 2."""
 
-
-@dataclass
-class OptimisationArgs:
+    # optimisation
     iterations: Optional[int] = None
     """Mini-batches trained on. Default: --epochs passes over the data set."""
     epochs: int = 25
     """Passes over the data set, where --iterations is not given [original's code]."""
     batch_size: int = 64
     """Images a mini-batch, over all processes of torchrun [original's code]."""
-    lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 2e-4
+    lr: float = 2e-4
     """Adam's learning rate [original's code]."""
     beta1: float = 0.5
     """Adam's first decay [original's code]."""
     beta2: float = 0.999
     """Adam's second decay [original's code]."""
 
-
-@dataclass
-class LoggingArgs:
+    # logging
     log_every: int = 100
     """Iterations between lines in TensorBoard; 0: none."""
-    gradient_every: int = 1000
-    """Iterations between measurements of each term's gradient to G (TensorBoard: gradients/*); 0: none."""
     sample_every: int = 1000
     """Iterations between grids of samples; 0: none."""
     eval_every: int = 10000
-    """Iterations between evaluations (and one at the end); 0: none, and no Inception weights needed."""
+    """Iterations between evaluations, and one at the end; 0: none, no Inception weights needed."""
     checkpoint_every: int = 1000
-    """Iterations between checkpoints; 0: only at the start, at the end, before an evaluation and on a signal."""
+    """Iterations between checkpoints; 0: at the start, at the end, before a score, on a signal."""
     num_real: Optional[int] = None
     """Real images for FID. Default: 10,000 [ours, as in GN-GAN], or all if there are fewer."""
     num_fake: int = 5000
@@ -174,58 +152,52 @@ class LoggingArgs:
     """A file of torch-fidelity's Inception weights. Default: downloaded once."""
 
 
-@dataclass
-class Args(RunArgs, DataArgs, ModelArgs, LossArgs, OptimisationArgs, LoggingArgs):
-    """Every flag, in the groups of --help."""
-
-
 def resolve(args: Args) -> Args:
-    """The arguments with every default filled in that depends on another. The baseline has no kernel and no beta;
-    iterations counted in epochs wait for the data set, see `main`."""
-    defaults = {"image_size": {"mnist": 28, "celeba": 64}.get(args.dataset, 32)}
-    if args.dataset == "cifar10":
-        defaults["num_is"] = 50_000
-    if not args.baseline:
-        defaults |= {"kernel": "exp" if args.dataset == "celeba" else "rbf",
-                     "beta": 1.0 if args.dataset in ("mnist", "celeba") else 0.1}
-    return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) in (None, "auto")})
+    """Fill in, in place, each default that depends on another flag.
+
+    The baseline has no kernel and no beta. Iterations counted in epochs wait for the data set, see
+    `main`.
+    """
+    if args.image_size is None:
+        args.image_size = {"mnist": 28, "celeba": 64}.get(args.dataset, 32)
+    if args.num_is is None and args.dataset == "cifar10":
+        args.num_is = 50_000
+    if args.kernel == "auto" and not args.baseline:
+        args.kernel = "exp" if args.dataset == "celeba" else "rbf"
+    if args.beta is None and not args.baseline:
+        args.beta = 1.0 if args.dataset in ("mnist", "celeba") else 0.1
+    return args
 
 
-# ------------------------------------------------------------------------------------------------------ networks
-def autocast(forward: Callable) -> Callable:
-    """A network's method, run in bf16 where its `bf16` is set. Each call is a region of its own, since a region keeps
-    bf16 copies of the weights, which an update would leave behind."""
-    @functools.wraps(forward)
-    def wrapped(network: nn.Module, x: Tensor, *rest) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=network.bf16):
-            return forward(network, x, *rest)
-
-    return wrapped
-
-
+# ------------------------------------------------------------------------------- networks
 class BatchNorm(nn.Module):
-    """Batch norm on [B, C, H, W] that normalises a training batch by its own statistics, but moves the running ones
-    only if told to: once an iteration, however often G is run. The running statistics begin at 0 and `running_weight`
-    is the weight of all batches in them: evaluation divides by it, as Adam does."""
+    """Batch norm on [B, C, H, W]. A training batch is normalised by its own statistics.
+
+    The running statistics are moved only if told to: once an iteration, however often G is run.
+    They begin at 0, and evaluation divides them by `running_weight`, the weight of all batches so
+    far (bias correction, as in Adam).
+    """
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()
         self.momentum, self.eps = momentum, eps
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.zeros(channels))
         self.register_buffer("running_weight", torch.zeros(()))
 
     def forward(self, x: Tensor, update: bool) -> Tensor:
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            if update:
-                self.running_weight.mul_(1 - self.momentum).add_(self.momentum)
-            return F.batch_norm(x, mean if update else None, var if update else None, self.weight, self.bias, True,
-                                self.momentum, self.eps)
-        mean, var = (torch.where(self.running_weight > 0, v / self.running_weight, start)
-                     for v, start in ((mean, 0.0), (var, 1.0)))  # start: before the first update
-        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        mean = var = None  # in training the batch's own statistics normalise
+        if self.training and update:
+            self.running_weight.mul_(1 - self.momentum).add_(self.momentum)
+            mean, var = self.running_mean, self.running_var  # these only take in the batch's own
+        elif not self.training:
+            begun = self.running_weight > 0
+            mean = torch.where(begun, self.running_mean / self.running_weight, 0.0)
+            var = torch.where(begun, self.running_var / self.running_weight, 1.0)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, training=self.training,
+                            momentum=self.momentum, eps=self.eps)
 
 
 def sides(args: Args) -> list[int]:
@@ -241,34 +213,42 @@ class Generator(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        (self.side, *larger), self.bf16 = sides(args), args.precision == "bf16"
+        self.bf16 = args.precision == "bf16"
+        self.side, *larger = sides(args)
         widths = [max(1, round(c * args.width)) for c in (512, 256, 128, 64)]
         channels = 1 if args.dataset == "mnist" else 3
         self.linear = nn.Linear(args.latent_dim, widths[0] * self.side**2, bias=False)
-        self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 5, 2, 2, output_padding=1 - side % 2, bias=b == channels)
-                                 for a, b, side in zip(widths, [*widths[1:], channels], larger))
         self.norms = nn.ModuleList(BatchNorm(c) for c in widths)
+        self.ups = nn.ModuleList()
+        for i, (a, b) in enumerate(zip(widths, [*widths[1:], channels])):
+            last = i == len(widths) - 1  # the others come before batch norm, which has a bias
+            odd = larger[i] % 2
+            self.ups.append(nn.ConvTranspose2d(a, b, 5, stride=2, padding=2, output_padding=1 - odd, bias=last))
         init_weights(self)
 
     @autocast
     def forward(self, z: Tensor, update_statistics: bool = False) -> Tensor:
         x = self.linear(z).unflatten(1, (-1, self.side, self.side))  # [B, 512, 2, 2]
         x = x.contiguous(memory_format=torch.channels_last)
-        for up, norm in zip(self.ups, self.norms):  # to [B, 256, 4, 4], [B, 128, 8, 8], [B, 64, 16, 16], [B, C, 32, 32]
+        for norm, up in zip(self.norms, self.ups):  # to 256 at 4x4, 128 at 8x8, 64 at 16x16, C at 32x32
             x = up(F.relu(norm(x, update_statistics)))
         return torch.tanh(x.float())  # in fp32: bf16 has too few steps near 1
 
 
 class Discriminator(nn.Module):
-    """images [B, C, size, size] -> logits [B]; the score D(x) is their sigmoid. Its batch norm always takes the batch's
-    own statistics."""
+    """images [B, C, size, size] -> logits [B]; the score D(x) is their sigmoid.
+
+    Its batch norm always takes the batch's own statistics.
+    """
 
     def __init__(self, args: Args):
         super().__init__()
         self.bf16 = args.precision == "bf16"
         widths = [max(1, round(c * args.width)) for c in (64, 128, 256, 512)]
-        self.first = nn.Conv2d(1 if args.dataset == "mnist" else 3, widths[0], 5, 2, 2)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, 2, 2, bias=False) for a, b in zip(widths, widths[1:]))
+        channels = 1 if args.dataset == "mnist" else 3
+        self.first = nn.Conv2d(channels, widths[0], 5, stride=2, padding=2)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False)
+                                   for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.BatchNorm2d(c, track_running_stats=False) for c in widths[1:])
         self.linear = nn.Linear(widths[-1] * sides(args)[0] ** 2, 1)
         init_weights(self)
@@ -277,7 +257,7 @@ class Discriminator(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """The last convolution's map after its activation, [B, 512, 2, 2]."""
         x = F.leaky_relu(self.first(x), 0.2)  # [B, 64, 16, 16]
-        for conv, norm in zip(self.convs, self.norms):  # [B, 128, 8, 8], [B, 256, 4, 4], [B, 512, 2, 2]
+        for conv, norm in zip(self.convs, self.norms):  # 128 at 8x8, 256 at 4x4, 512 at 2x2
             x = F.leaky_relu(norm(conv(x)), 0.2)
         return x.float()
 
@@ -299,73 +279,87 @@ def init_weights(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-# -------------------------------------------------------------------------------------------------------- losses
-def point_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances of points a [..., d] and b [..., d], in fp32; finite gradient where they coincide."""
+# --------------------------------------------------------------------------------- losses
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances of points a and b [..., d], [...]; finite gradient where they coincide."""
     return ((a - b).square().sum(-1) + 1e-12).sqrt()
 
 
 def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
-    """K(a_i, b_j) for points a [..., n, d] and b [..., m, d], [..., n, m].
+    """K(a, b) of points a and b [..., d], [...] [offset and degree of poly: ours].
 
-    linear a'b; poly (a'b / w + 1)^3; rbf exp(-|a - b|^2 / 2w); exp exp(-|a - b| / 2w) [offset, degree: ours]. Distances
-    are norms of differences: from inner products they would lose the last digits of near points.
+    Distances are norms of differences: from inner products they would lose the last digits of near
+    points.
     """
-    if name in ("linear", "poly"):  # no matrix product, which could be in TF32
-        products = (a.unsqueeze(-2) * b.unsqueeze(-3)).sum(-1)
-        return products if name == "linear" else (products / width + 1) ** 3
-    lengths = point_distance(a.unsqueeze(-2), b.unsqueeze(-3))
+    if name == "linear":  # no matrix product, which could be in TF32
+        return (a * b).sum(-1)
+    if name == "poly":
+        return ((a * b).sum(-1) / width + 1) ** 3
     if name == "rbf":
-        return torch.exp(-lengths.square() / (2 * width))
+        return torch.exp(-distance(a, b).square() / (2 * width))
     if name == "exp":
-        return torch.exp(-lengths / (2 * width))
+        return torch.exp(-distance(a, b) / (2 * width))
     raise ValueError(f"no kernel {name}")
 
 
-def squared_distance(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
-    """|phi(a) - phi(b)|^2 = K(a, a) - 2 K(a, b) + K(b, b) of points a, b [..., d], phi mapping to K's Hilbert space."""
-    aa, ab, bb = (kernel(v.unsqueeze(-2), w.unsqueeze(-2), name, width)[..., 0, 0] for v, w in ((a, a), (a, b), (b, b)))
-    return aa - 2 * ab + bb
+def squared_kernel_distance(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
+    """|phi(a) - phi(b)|^2 of points a and b [..., d], [...]; phi maps to the Hilbert space of K."""
+    return kernel(a, a, name, width) - 2 * kernel(a, b, name, width) + kernel(b, b, name, width)
+
+
+class Manifold(NamedTuple):
+    """The sphere that stands for a set of features [n, d]: a centroid [d] and a radius, a scalar."""
+    centroid: Tensor
+    radius: Tensor
 
 
 def manifold(features: Tensor, name: str, width: Tensor | float = 1.0) -> Manifold:
-    """The sphere around features [n, d]: its centroid [d] (Eq. 3) and radius []. That is the mean distance from the
-    centroid (none: Eq. 4) or the mean squared distance in the kernel's Hilbert space (Eq. 7)."""
+    """The sphere of features [n, d]: c = mean_i s_i (Eq. 3), and the mean over i of |c - s_i| (no
+    kernel: Eq. 4) or of |phi(c) - phi(s_i)|^2 (Eq. 7)."""
     centroid = features.mean(0)
     if name == "none":
-        return centroid, point_distance(features, centroid).mean()
-    return centroid, squared_distance(features, centroid, name, width).mean()
+        return Manifold(centroid, distance(features, centroid).mean())
+    return Manifold(centroid, squared_kernel_distance(features, centroid, name, width).mean())
 
 
 def manifold_distance(real: Manifold, fake: Manifold, alpha: float, name: str,
                       width: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """The two terms of L_G as weighted, of the centroids and of the radii: |c_Y - c_X| and |l_Y - l_X| (none: Eq. 5,
-    which has no alpha), or Eq. 8's. Scalars."""
-    radii = (real[1] - fake[1]).abs()
+    """The two terms of L_G, scalars: how far the centroids are from each other, and the radii.
+
+    |c_Y - c_X| and |l_Y - l_X| (no kernel: Eq. 5, which has no alpha), or |phi(c_Y) - phi(c_X)|^2
+    and alpha |l_Y - l_X| (Eq. 8).
+    """
+    radius_difference = (real.radius - fake.radius).abs()
     if name == "none":
-        return point_distance(real[0], fake[0]), radii
-    return squared_distance(real[0], fake[0], name, width), alpha * radii
+        return distance(real.centroid, fake.centroid), radius_difference
+    centroid_distance = squared_kernel_distance(real.centroid, fake.centroid, name, width)
+    return centroid_distance, alpha * radius_difference
 
 
 def correlation_penalty(features: Tensor) -> Tensor:
-    """R_G = |I - A|_F (Eq. 9), A the correlations between the samples of features [n, d] over their d features; scalar.
+    """R_G = |I - A|_F (Eq. 9), A the correlations between the samples of features [n, d] over d;
+    scalar.
 
-    A sample that is constant over its features, for which no correlation is defined, counts as uncorrelated.
+    A sample that is constant over its features, for which no correlation is defined, counts as
+    uncorrelated.
     """
     features = features.double()  # as everywhere, no matrix product in TF32
     centred = features - features.mean(1, keepdim=True)
     unit = centred / (centred.square().sum(1, keepdim=True) + 1e-12).sqrt()
-    others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)  # I - A is zero on the diagonal
+    others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)  # diagonal of I - A: 0
     return ((unit @ unit.mT * others).square().sum() + 1e-12).sqrt().float()
 
 
 def typical_width(features: Tensor, name: str) -> Tensor:
-    """The spread of features [n, d] that --kernel-width averages, without gradient: at the typical distance K is then
-    e^-1/2 = 0.61 (rbf, exp). Scalar."""
+    """The spread of features [n, d], without gradient; scalar.
+
+    Their mean squared distance (rbf) or distance (exp) from their centroid, or their mean squared
+    norm (poly). With this width K at the typical distance is e^-1/2 = 0.61 (rbf, exp).
+    """
     features = features.detach()
     if name == "poly":
         return features.square().sum(1).mean() + 1e-12  # dead units: K stays finite
-    lengths = point_distance(features, features.mean(0))
+    lengths = distance(features, features.mean(0))
     return lengths.square().mean() if name == "rbf" else lengths.mean()
 
 
@@ -374,132 +368,130 @@ def cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
-# ----------------------------------------------------------------------------------------------------- objectives
-class Spheres(nn.Module):
-    """Moving averages of both spheres and of the kernel's width: buffers, which a checkpoint holds like weights."""
+# ----------------------------------------------------------------------------- objectives
+class Averages(NamedTuple):
+    """What L_G is of: both manifolds, averaged over mini-batches, and the kernel's width, scalar."""
+    real: Manifold
+    fake: Manifold
+    kernel_width: Tensor
 
-    def __init__(self, args: Args):
+
+class MovingAverages(nn.Module):
+    """Algorithm 1's moving averages for features [n, d]: buffers, which a checkpoint holds."""
+
+    def __init__(self, d: int):
         super().__init__()
-        dim = max(1, round(512 * args.width)) * sides(args)[0] ** 2
-        for name, shape in (("centroid_real", (dim,)), ("radius_real", ()), ("centroid_fake", (dim,)),
-                            ("radius_fake", ()), ("kernel_width", ())):
-            self.register_buffer(name, torch.zeros(shape))
-        self.register_buffer("decay", torch.zeros(()))  # 0 until the first mini-batch has come, so that it starts them
+        self.register_buffer("real_centroid", torch.zeros(d))
+        self.register_buffer("real_radius", torch.zeros(()))
+        self.register_buffer("fake_centroid", torch.zeros(d))
+        self.register_buffer("fake_radius", torch.zeros(()))
+        self.register_buffer("kernel_width", torch.zeros(()))
+        self.register_buffer("decay", torch.zeros(()))  # delta, but 0 at the first mini-batch
 
-    def blend(self, name: str, value: Tensor) -> Tensor:
-        """delta average + (1 - delta) value: gradient goes to the value, the history is a constant."""
-        return self.decay * getattr(self, name) + (1 - self.decay) * value
+    def blend(self, average: Tensor, value: Tensor) -> Tensor:
+        """delta average + (1 - delta) value. Gradient goes to the value; the average is a constant."""
+        return self.decay * average + (1 - self.decay) * value
+
+    def with_batch(self, args: Args, real: Tensor, fake: Tensor) -> Averages:
+        """The averages with a mini-batch's features [n, d] blended in; nothing is stored, see `store`."""
+        width = torch.ones((), device=real.device)
+        if args.kernel_width is not None:
+            width = width * args.kernel_width
+        elif args.kernel in ("poly", "rbf", "exp"):
+            of_real = typical_width(real, args.kernel)
+            of_all = typical_width(torch.cat([real, fake]), args.kernel)
+            width = self.blend(self.kernel_width, (of_real + of_all) / 2)
+        # under torchrun the spheres are of a process's share of the mini-batch
+        real_batch = manifold(real, args.kernel, width)
+        fake_batch = manifold(fake, args.kernel, width)
+        return Averages(Manifold(self.blend(self.real_centroid, real_batch.centroid),
+                                 self.blend(self.real_radius, real_batch.radius)),
+                        Manifold(self.blend(self.fake_centroid, fake_batch.centroid),
+                                 self.blend(self.fake_radius, fake_batch.radius)), width)
 
     @torch.no_grad()
-    def commit(self, blended: dict[str, Tensor], delta: float) -> None:
-        """Keep the averages that `match_manifolds` made."""
-        for name, value in blended.items():
-            getattr(self, name).copy_(value)
-        average(list(self.buffers()))
+    def store(self, averages: Averages, delta: float) -> None:
+        """Store what `with_batch` made, as its mean over torchrun's processes."""
+        self.real_centroid.copy_(averages.real.centroid)
+        self.real_radius.copy_(averages.real.radius)
+        self.fake_centroid.copy_(averages.fake.centroid)
+        self.fake_radius.copy_(averages.fake.radius)
+        self.kernel_width.copy_(averages.kernel_width)
+        training.average(self.buffers())
         self.decay.fill_(delta)
 
 
-def match_manifolds(args: Args, spheres: Spheres, real: Tensor, fake: Tensor
-                    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """L_G, its terms and R_G for D's maps [B, C, h, w] of real and generated images, scalars by name; then the averages
-    that L_G is of: those in `spheres` with this mini-batch taken in."""
-    # under torchrun spheres and R_G are of a process's share of the mini-batch
-    real, fake = real.flatten(1), fake.flatten(1)
-    width = torch.ones((), device=real.device)
-    if not isinstance(args.kernel_width, str):
-        width = width * args.kernel_width
-    elif args.kernel in ("rbf", "exp", "poly"):
-        typical = typical_width(real, args.kernel)
-        if args.kernel_width == "auto":
-            typical = (typical + typical_width(torch.cat([real, fake]), args.kernel)) / 2
-        width = spheres.blend("kernel_width", typical)
-    blended = {"kernel_width": width}
-    for side, features in (("real", real), ("fake", fake)):
-        centroid, radius = manifold(features, args.kernel, width)
-        blended[f"centroid_{side}"] = spheres.blend(f"centroid_{side}", centroid)
-        blended[f"radius_{side}"] = spheres.blend(f"radius_{side}", radius)
-    centroids, radii = manifold_distance(*((blended[f"centroid_{side}"], blended[f"radius_{side}"])
-                                           for side in ("real", "fake")), args.alpha, args.kernel, width)
-    terms = {"manifold_distance": centroids + radii, "centroid_distance": centroids, "radius_difference": radii,
-             "correlation_penalty": correlation_penalty(fake), "radius_real": blended["radius_real"],
-             "radius_fake": blended["radius_fake"]}
-    if args.kernel != "none":
-        with torch.no_grad():
-            terms["kernel_mean"] = kernel(real, real.mean(0, keepdim=True), args.kernel, width).mean()
-        terms["kernel_width"] = width
-    return terms, blended
-
-
-def manifold_scale(args: Args, spheres: Spheres, blended: dict[str, Tensor]) -> Tensor | float:
-    """What --manifold-scale multiplies L_G by in G's loss."""
-    return {"one": 1.0, "width": blended["kernel_width"], "undamped": 1 / (1 - spheres.decay)}[args.manifold_scale]
-
-
-# Each objective returns its loss, which is descended, and then the terms that it is made of, as scalars by name.
-def discriminator_objective(args: Args, networks: nn.ModuleDict, x: Tensor, fake: Tensor) -> dict[str, Tensor]:
+# Each returns the loss that is minimised, and by name what to watch of it, with or without a gradient.
+# A loss that begins as a term is a copy of it, so that a `loss += ...` cannot change the term.
+def discriminator_objective(args: Args, networks: nn.ModuleDict, x: Tensor,
+                            fake: Tensor) -> tuple[Tensor, Terms]:
     """L_D of Eq. 10 for images [B, C, H, W] in [-1, 1]."""
     D = networks["discriminator"]
-    real_features, fake_features = D.features(x), D.features(fake)  # two batches to batch norm [DCGAN's code]
-    real_logit, fake_logit = D.logit(real_features), D.logit(fake_features)
-    loss = cross_entropy(real_logit, fake_logit)
-    terms = {"score_real": torch.sigmoid(real_logit).mean(), "score_fake": torch.sigmoid(fake_logit).mean()}
-    if not args.baseline and (args.manifold_in_discriminator or args.correlation_in_discriminator):
-        terms["cross_entropy"] = loss
-        matching, _ = match_manifolds(args, networks["spheres"], real_features, fake_features)
-        if args.manifold_in_discriminator:
-            loss = loss - matching["manifold_distance"]
-        if args.correlation_in_discriminator:
-            loss = loss - args.beta * matching["correlation_penalty"]
-    return {"discriminator": loss, **terms}
+    real_map, fake_map = D.features(x), D.features(fake)  # two batches to batch norm [DCGAN's code]
+    real_logit, fake_logit = D.logit(real_map), D.logit(fake_map)
+    entropy = cross_entropy(real_logit, fake_logit)
+    loss = entropy.clone()
+    terms = {"score_real": torch.sigmoid(real_logit).mean(),
+             "score_fake": torch.sigmoid(fake_logit).mean()}
+    if args.baseline or not (args.manifold_in_discriminator or args.correlation_in_discriminator):
+        return loss, terms
+    terms["cross_entropy"] = entropy
+    real_features, fake_features = real_map.flatten(1), fake_map.flatten(1)
+    if args.manifold_in_discriminator:
+        averages = networks["averages"].with_batch(args, real_features, fake_features)
+        centroids, radii = manifold_distance(averages.real, averages.fake, args.alpha, args.kernel,
+                                             averages.kernel_width)
+        loss = loss - (centroids + radii)
+    if args.correlation_in_discriminator:
+        loss = loss - args.beta * correlation_penalty(fake_features)
+    return loss, terms
 
 
-def generator_objective(args: Args, networks: nn.ModuleDict, x: Tensor, fake: Tensor
-                        ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """L_G^final of Eq. 10 for images [B, C, H, W] in [-1, 1]; then the averages to keep, see `match_manifolds`."""
+def generator_objective(args: Args, networks: nn.ModuleDict, x: Tensor,
+                        fake: Tensor) -> tuple[Tensor, Terms, Optional[Averages]]:
+    """L_G^final of Eq. 10, or a baseline's loss, for images [B, C, H, W] in [-1, 1].
+
+    Its third result is the averages to store, None in a baseline.
+    """
     D = networks["discriminator"]
     if args.baseline:
-        return {"generator": F.softplus(-D(fake)).mean()}, {}
-    real_features, fake_features = D.features(x), D.features(fake)
-    terms, blended = match_manifolds(args, networks["spheres"], real_features, fake_features)
-    loss = manifold_scale(args, networks["spheres"], blended) * terms["manifold_distance"]
-    loss = loss + args.beta * terms["correlation_penalty"]
-    return {"generator": loss, **terms}, blended
+        loss = F.softplus(-D(fake)).mean()
+        return loss, {}, None
+    real_features, fake_features = D.features(x).flatten(1), D.features(fake).flatten(1)
+    averages = networks["averages"].with_batch(args, real_features, fake_features)
+    centroids, radii = manifold_distance(averages.real, averages.fake, args.alpha, args.kernel,
+                                         averages.kernel_width)
+    manifolds = centroids + radii
+    correlation = correlation_penalty(fake_features)
+    # by the width a kernel's distances, which have no unit, get the features' own
+    scale = averages.kernel_width if args.manifold_scale == "width" else 1.0
+    loss = scale * manifolds + args.beta * correlation
+    terms = {"manifold_distance": manifolds, "centroid_distance": centroids,
+             "radius_difference": radii, "correlation_penalty": correlation,
+             "radius_real": averages.real.radius, "radius_fake": averages.fake.radius,
+             "kernel_width": averages.kernel_width}
+    return loss, terms, averages
 
 
-def gradient_norms(args: Args, networks: nn.ModuleDict, images: Tensor, z: Tensor) -> dict[str, float]:
-    """Norm of the gradient to G's weights of each term of its loss, as weighted there, for images uint8 [B, C, H, W]
-    and z [B, latent_dim]; changes nothing. R_G's grows with B."""
-    G, x = networks["generator"], to_float(images)
-    networks["discriminator"].requires_grad_(False)
-    terms, blended = generator_objective(args, networks, x, G(z))
-    weights = {"generator": 1.0}
-    if not args.baseline:
-        scale = manifold_scale(args, networks["spheres"], blended)
-        weights = {"centroid_distance": scale, "radius_difference": scale, "correlation_penalty": args.beta}
-    norms = {}
-    for name, weight in weights.items():
-        gradients = torch.autograd.grad(weight * terms[name], list(G.parameters()), retain_graph=True)
-        norms[name] = torch.cat([g.flatten() for g in gradients]).norm().item()
-    return norms
-
-
-# ---------------------------------------------------------------------------------------------------- train step
+# ----------------------------------------------------------------------------- train step
 def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
-    """G and D, drawn on the CPU from args.seed, so that every device starts from the same weights; the spheres."""
+    """G and D, drawn on the CPU from args.seed: every device starts from the same weights; the averages."""
     torch.manual_seed(args.seed)
     networks = nn.ModuleDict({"generator": Generator(args), "discriminator": Discriminator(args)})
     if not args.baseline:
-        networks["spheres"] = Spheres(args)
+        networks["averages"] = MovingAverages(networks["discriminator"].linear.in_features)
     if args.ema:
-        networks["generator_ema"] = copy.deepcopy(networks["generator"]).requires_grad_(False).eval()
-    return networks.to(device, memory_format=torch.channels_last)  # the faster layout for most convolutions
+        averaged = copy.deepcopy(networks["generator"])
+        networks["generator_ema"] = averaged.requires_grad_(False).eval()
+    return networks.to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
 
 
 def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.optim.Adam]:
     """One Adam a network."""
     capturable = next(networks.parameters()).device.type == "cuda" and args.cuda_graph
-    return {name: torch.optim.Adam(networks[name].parameters(), lr=args.lr, betas=(args.beta1, args.beta2),
-                                   fused=True, capturable=capturable) for name in ("discriminator", "generator")}
+    settings = dict(lr=args.lr, betas=(args.beta1, args.beta2), fused=True, capturable=capturable)
+    return {name: torch.optim.Adam(networks[name].parameters(), **settings)
+            for name in ("generator", "discriminator")}
 
 
 def draw_latents(n: int, args: Args, rng: torch.Generator) -> Tensor:
@@ -517,116 +509,61 @@ def to_bytes(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).contiguous()
 
 
-def own_slice(n: int) -> slice:
-    """This process's part of a mini-batch of n, which torchrun's processes split; alone: all of it."""
-    rank, world = common.world()
-    return slice(rank * n // world, (rank + 1) * n // world)
-
-
-@torch.no_grad()
-def average(tensors: list[Tensor]) -> None:
-    """Replace tensors by their means over torchrun's processes, in one message; alone: nothing."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, mean in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
-            t.copy_(mean.view(t.shape))
-
-
 def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam],
-                    rng: torch.Generator) -> Callable[[Tensor], dict[str, Tensor]]:
-    """`train_step(images)`: one iteration of Algorithm 1, in place; returns its losses and terms, scalars.
+                    rng: torch.Generator) -> training.TrainStep:
+    """`train_step(images)`: one iteration of Algorithm 1, in place; returns losses and terms.
 
-    images: uint8 [B, C, H, W], this process's share of the mini-batch. z is drawn from `rng`, which is seeded anew
-    before each iteration. Nothing in it waits for the device.
+    images: uint8 [B, C, H, W], this process's share of the mini-batch. z is drawn from `rng`, which
+    is seeded anew before each iteration. Nothing in the step waits for the device.
     """
     G, D = networks["generator"], networks["discriminator"]
-    discriminator, generator = (functools.partial(objective, args, networks) for objective in (
-        discriminator_objective, generator_objective))
-    generate = G
-    if args.compile:  # the losses, not the loop: optimisers and draws stay outside
-        discriminator, generator, generate = (torch.compile(f, fullgraph=True, dynamic=False)
-                                              for f in (discriminator, generator, generate))
 
-    def descend(terms: dict[str, Tensor], name: str) -> None:
-        """A step of the named network down the first of the terms."""
-        loss, parameters = next(iter(terms.values())), optimizers[name].param_groups[0]["params"]
-        for p in parameters:
-            p.grad = None
-        loss.backward(inputs=parameters)
-        average([p.grad for p in parameters])
-        optimizers[name].step()
+    def prepare(function: Callable) -> Callable:
+        """The function, compiled with --compile: the losses are, while optimisers and draws stay outside."""
+        return torch.compile(function, fullgraph=True, dynamic=False) if args.compile else function
 
-    # G(z) is computed once for both updates. D's features are computed anew after D's update, since the spheres and G's
-    # gradient are to come from the D that has just learnt (Algorithm 1).
+    d_objective = prepare(functools.partial(discriminator_objective, args, networks))
+    g_objective = prepare(functools.partial(generator_objective, args, networks))
+    generate = prepare(G)
+
     def train_step(images: Tensor) -> dict[str, Tensor]:
-        x, part = to_float(images), own_slice(args.batch_size)
-        z = draw_latents(args.batch_size, args, rng)[part]
-        fake = generate(z, True)  # one forward pass for D's update and, its graph kept, for G's
+        x = to_float(images)
+        own = training.own_slice(args.batch_size)
+        z = draw_latents(args.batch_size, args, rng)[own]
+
+        # D: tell x from G(z), keep the two spheres apart
+        fake = generate(z, True)  # one pass for D's update and, its graph kept, for G's
         D.requires_grad_(True)
-        losses = discriminator(x, fake.detach())
-        descend(losses, "discriminator")
-        D.requires_grad_(False)
+        loss, terms = d_objective(x, fake.detach())
+        networks.zero_grad()
+        loss.backward()
+        training.average_gradients(networks)
+        optimizers["discriminator"].step()
+        losses = {"discriminator": loss, **terms}
+
+        # G: bring the averaged spheres together, keep its images' features uncorrelated
+        D.requires_grad_(False)  # its features are taken anew, since it has just learnt [Algorithm 1]
         for step in range(args.generator_steps):
-            fake = generate(z) if step else fake
-            terms, blended = generator(x, fake)
-            losses = {**losses, **terms}
-            descend(terms, "generator")
-        if not args.baseline:
-            networks["spheres"].commit(blended, args.delta)
-        average(list(G.norms.buffers()))
+            if step > 0:
+                fake = generate(z)
+            loss, terms, averages = g_objective(x, fake)
+            networks.zero_grad()
+            loss.backward()
+            training.average_gradients(networks)
+            optimizers["generator"].step()
+        losses |= {"generator": loss, **terms}
+        if averages is not None:
+            networks["averages"].store(averages, args.delta)
+
+        training.average(G.buffers())
         if args.ema:
-            for averaged, value in zip(networks["generator_ema"].state_dict().values(), G.state_dict().values()):
-                averaged.lerp_(value, 1 - args.ema)
-        return {name: value.detach() for name, value in losses.items()}
+            training.update_ema(networks["generator_ema"], G, args.ema)
+        return training.scalars(losses)
 
     return train_step
 
 
-class GraphedStep:
-    """train_step captured once as a CUDA graph and replayed: one launch an iteration instead of hundreds.
-
-    The warm-up that a capture needs is undone, so that a run starts from the same weights and moments as without a
-    graph. A call copies the images into the buffer that the graph reads. The losses returned are overwritten by the
-    next call. The step keeps all that the graph reads and writes alive.
-    """
-
-    def __init__(self, train_step: Callable[[Tensor], dict[str, Tensor]], networks: nn.ModuleDict,
-                 optimizers: dict[str, torch.optim.Adam], rng: torch.Generator, images: Tensor):
-        self.kept, self.images = (train_step, networks, optimizers, rng), images.clone()
-
-        def tensors() -> list[Tensor]:  # Adam makes its moments at the first step
-            moments = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
-            return [*networks.state_dict(keep_vars=True).values(), *moments]
-
-        before = {v.data_ptr(): v.detach().clone() for v in tensors()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                train_step(self.images)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.no_grad():
-            for v in tensors():
-                v.copy_(before[v.data_ptr()]) if v.data_ptr() in before else v.zero_()
-        self.graph = torch.cuda.CUDAGraph()
-        with warnings.catch_warnings(action="ignore"):  # from PyTorch 2.12 on no longer needed, and a warning
-            self.graph.register_generator_state(rng)
-        with torch.cuda.graph(self.graph):
-            self.losses = train_step(self.images)
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        self.images.copy_(images)
-        self.graph.replay()
-        return self.losses
-
-
-# ---------------------------------------------------------------------------------------------------------- loop
-def draw_seed(*key: int) -> int:
-    """A seed for a generator (the CPU's takes 32 bits) from numbers such as (seed, iteration)."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
+# ----------------------------------------------------------------------------------- loop
 @functools.lru_cache(2)
 def data_order(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     """The order of n images in a pass over the data, int64 [n]."""
@@ -634,13 +571,18 @@ def data_order(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
 
 
 def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) -> Tensor:
-    """This process's share of an iteration's mini-batch, uint8 [B, C, H, W] on the device: a function of args.seed and
-    the iteration alone. A pass's last mini-batch is filled up from the next pass."""
-    epoch, first = divmod(iteration * args.batch_size, len(images))
-    index = data_order(len(images), args.seed, epoch, images.device)[first : first + args.batch_size]
-    if missing := args.batch_size - len(index):
-        index = torch.cat([index, data_order(len(images), args.seed, epoch + 1, images.device)[:missing]])
-    batch = images[index[own_slice(args.batch_size)]]
+    """This process's share of an iteration's mini-batch, uint8 [B, C, H, W] on the device.
+
+    It is a function of args.seed and the iteration alone. A pass's last mini-batch is filled up
+    from the next pass.
+    """
+    epoch, position = divmod(iteration * args.batch_size, len(images))
+    order = functools.partial(data_order, len(images), args.seed, device=images.device)
+    index = order(epoch)[position : position + args.batch_size]
+    missing = args.batch_size - len(index)
+    if missing:
+        index = torch.cat([index, order(epoch + 1)[:missing]])
+    batch = images[index[training.own_slice(args.batch_size)]]
     if device.type == "cuda" and batch.device.type == "cpu":
         batch = batch.pin_memory()
     return batch.to(device, non_blocking=True)
@@ -656,235 +598,179 @@ def sample_images(generator: Generator, z: Tensor) -> Tensor:
 
 
 def make_sampler(generator: Generator, args: Args, device: torch.device) -> Callable[[int], Tensor]:
-    """A function from n to n new images, uint8 [n, C, H, W]. Its draws are its own: the same for every evaluation, and
-    none of training's, so that how often one evaluates changes nothing."""
-    rng = torch.Generator(device).manual_seed(draw_seed(args.seed, 0, 1 + own_slice(args.batch_size).start))
+    """A function from n to n new images, uint8 [n, C, H, W].
+
+    Its draws are its own: the same for every evaluation, and none of training's (whose keys have
+    one number less), so that how often one evaluates changes nothing.
+    """
+    own = training.own_slice(args.batch_size)
+    rng = torch.Generator(device).manual_seed(draw_seed(args.seed, 0, 1 + own.start))
     return lambda n: sample_images(generator, draw_latents(n, args, rng))
 
 
-def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path, checkpoint: Optional[dict],
-          evaluator, signals: list[int]) -> bool:
-    """Train from the checkpoint, or the start, to args.iterations or a signal in `signals`; whether it came to the end.
+def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path,
+          checkpoint: Optional[dict], evaluator, signals: list[int]) -> bool:
+    """Train from the checkpoint, or the start, to args.iterations or a signal in `signals`.
 
+    Returns whether it came to the end.
     images: uint8 [N, C, H, W]; evaluator: common.metrics.Evaluator, or None for no scores.
     """
+    # Networks, optimisers, draws, the step
     networks = init_networks(args, device)
     optimizers = init_optimizers(args, networks)
+    header = {"script": SCRIPT, "args": dataclasses.asdict(args), "data": training.fingerprint(images)}
     start, seconds, begin = 0, 0.0, time.perf_counter()
     if checkpoint is not None:
-        restore(checkpoint, networks, optimizers)
+        training.check_data(checkpoint, header["data"], args.data_dir)
+        training.restore(checkpoint, networks, optimizers)
         start, seconds = checkpoint["iteration"], checkpoint["seconds"]
-    data = common.fingerprint(images)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
-        images = images.to(device)  # gathered there; a set too large for it is gathered in the host's memory
+        images = images.to(device)  # gathered there; a set too large for it in the host's memory
     rng = torch.Generator(device)
     train_step = make_train_step(args, networks, optimizers, rng)
-    if args.cuda_graph and device.type == "cuda" and start < args.iterations:
-        train_step = GraphedStep(train_step, networks, optimizers, rng, get_batch(images, args, start, device))
-    generator = networks["generator_ema" if args.ema else "generator"]
-    fixed_images = get_batch(images, args, 0, device)[:64]
-    fixed_noise = draw_latents(64, args, torch.Generator().manual_seed(draw_seed(args.seed, 0, 1))).to(device)
-    first = common.world()[0] == 0  # of torchrun's processes: the one that writes
+    if args.cuda_graph and device.type == "cuda":
+        train_step = training.GraphedStep(train_step, rng)
+    sampled = "generator_ema" if args.ema else "generator"
+    sample_rng = torch.Generator().manual_seed(draw_seed(args.seed, 0, 1))  # as make_sampler's
+    fixed_noise = draw_latents(64, args, sample_rng).to(device)
+    losses: Terms = {}
+
+    # What is shown
+    main_process = training.world()[0] == 0  # of torchrun's processes: the one that writes
     records = [r for r in common.read_lines(folder / "metrics.jsonl") if r["iteration"] <= start]
-    counted, clock, rate = start, time.perf_counter(), 0.0
+    writer = None
+    if main_process:
+        trained = {name: networks[name] for name in optimizers}
+        writer = training.begin_log(folder, args, images, trained, device, start)
+        if start == 0:
+            real = get_batch(images, args, 0, device)[:64]
+            writer.add_image("images/real", make_grid(real, nrow=8).cpu())
+    bar = tqdm(total=args.iterations, initial=start, desc=SCRIPT, unit="it", mininterval=0.5,
+               dynamic_ncols=True, disable=not main_process, postfix="compiling" if args.compile else None)
 
-    def stopping() -> bool:
-        """Whether a signal came, to this process or another."""
-        if dist.is_initialized():
-            number = torch.tensor(signals[:1] or [0])
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            signals.extend([number.item()] if number else [])
-        return bool(signals)
-
-    def due(every: int) -> bool:
-        return every > 0 and iteration > 0 and (iteration % every == 0 or iteration == args.iterations)
-
-    if first:
-        sizes = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in networks.items()
-                          if name in optimizers)
-        print(f"{folder}: {args.dataset}, {len(images):,} images of {images.shape[2]}x{images.shape[3]}, on "
-              f"{common.describe(device)}; parameters: {sizes}; to watch: tensorboard --logdir {common.quote(folder)}")
-    writer = SummaryWriter(str(folder), purge_step=start + 1) if first else None
-    if first and start == 0:
-        writer.add_text("arguments", "\n".join(f"    {k} = {v}" for k, v in dataclasses.asdict(args).items()))
-        writer.add_image("images/real", make_grid(fixed_images, 8).cpu())
-    with writer or contextlib.nullcontext(), tqdm(
-            total=args.iterations, initial=start, desc=SCRIPT, unit="it", mininterval=0.5, dynamic_ncols=True,
-            disable=not first, postfix="compiling" if args.compile else None) as bar:
+    with writer or contextlib.nullcontext(), bar:
         for iteration in range(start, args.iterations + 1):
-            last = iteration == args.iterations or stopping()
-            new = iteration > start or checkpoint is None  # a resumed run's first is saved; its scores may be missing
-            log, sample, evaluate = due(args.log_every), due(args.sample_every), due(args.eval_every)
-            measure, save = due(args.gradient_every), last or evaluate or due(args.checkpoint_every) or iteration == 0
-            pause = log or sample or measure or save  # these wait for the device
-            if pause and iteration > counted:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                rate = (iteration - counted) * args.batch_size / (time.perf_counter() - clock)
-            if first and new:
-                if log or save:
-                    common.check_finite(networks.state_dict(), f"iteration {iteration}", folder)
-                if log:
-                    values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
-                    for name, value in values.items():
-                        writer.add_scalar(f"losses/{name}", value, iteration)
-                    writer.add_scalar("charts/images_per_second", rate, iteration)
-                    writer.add_scalar("charts/learning_rate", args.lr, iteration)
-                    bar.set_postfix({short: f"{values[name]:.3g}" for short, name in SHOWN if name in values},
-                                    refresh=False)
-                if measure:
-                    norms = gradient_norms(args, networks, fixed_images, fixed_noise[: len(fixed_images)])
-                    for name, value in norms.items():
-                        writer.add_scalar(f"gradients/{name}", value, iteration)
-                if sample:
-                    grid = make_grid(sample_images(generator, fixed_noise), 8).cpu()
-                    common.to_picture(grid).save(folder / f"samples/{iteration:08d}.png")
-                    writer.add_image("images/samples", grid, iteration)
-                if save:
-                    writer.flush()
-                    save_checkpoint(args, folder, networks, {
-                        "iteration": iteration, "seconds": seconds + time.perf_counter() - begin, "data": data,
-                        "optimizers": {name: o.state_dict()["state"] for name, o in optimizers.items()}})
+            last = iteration == args.iterations or training.stopping(signals)
+            log = due(args.log_every, iteration, args.iterations)
+            sample = due(args.sample_every, iteration, args.iterations)
+            evaluate = due(args.eval_every, iteration, args.iterations)
+            save = due(args.checkpoint_every, iteration, args.iterations)
+            save = save or evaluate or last or iteration == 0
+            # what a resumed run shows of its first iteration was written before it stopped
+            unwritten = main_process and (iteration > start or checkpoint is None)
+
+            # Log
+            if unwritten and (log or save):
+                training.check_finite(networks.state_dict(), f"iteration {iteration}", folder)
+            if unwritten and log:
+                values = {name: value.item() for name, value in losses.items()}
+                for name, value in values.items():
+                    writer.add_scalar(f"losses/{name}", value, iteration)
+                rate = training.images_per_second(bar, args.batch_size)
+                writer.add_scalar("charts/images_per_second", rate, iteration)
+                writer.add_scalar("charts/learning_rate", args.lr, iteration)
+                shown = [n for n in ("discriminator", "generator") if n in values]
+                bar.set_postfix({name: f"{values[name]:.3g}" for name in shown}, refresh=False)
+
+            # Samples
+            if unwritten and sample:
+                grid = make_grid(sample_images(networks[sampled], fixed_noise), nrow=8).cpu()
+                datasets.to_picture(grid).save(folder / f"samples/{iteration:08d}.png")
+                writer.add_image("images/samples", grid, iteration)
+
+            # Checkpoint
+            if unwritten and save:
+                writer.flush()
+                so_far = {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin}
+                training.save_checkpoint(folder, header | so_far, networks, optimizers, sampled)
+
+            # Scores
             if evaluate and all(r["iteration"] != iteration for r in records):
-                scores = evaluator.score(make_sampler(generator, args, device), args.num_fake, args.num_is, stopping)
+                scores = evaluator.score(make_sampler(networks[sampled], args, device), args.num_fake,
+                                         args.num_is, stop=lambda: training.stopping(signals))
                 if scores is None:  # a signal: scored when the run goes on
                     return False
-                records.append({"iteration": iteration, **scores, "images_per_second": round(rate, 2),
+                records.append({"iteration": iteration, **scores,
+                                "images_per_second": training.images_per_second(bar, args.batch_size),
                                 "seconds": round(seconds + time.perf_counter() - begin, 2)})
-                if first:
+                if main_process:
                     common.write_lines(folder / "metrics.jsonl", records)
                     for name, value in scores.items():
                         writer.add_scalar(f"metrics/{name}", value, iteration)
+                bar.unpause()  # the rate is of training alone
+
+            # Train
             if last:
                 return iteration == args.iterations
-            if pause:  # the clock of images a second stands still meanwhile
-                counted, clock = iteration, time.perf_counter()
             rng.manual_seed(draw_seed(args.seed, iteration))
             losses = train_step(get_batch(images, args, iteration, device))
             bar.update()
 
 
-# ------------------------------------------------------------------------------------------ arguments and files
+# -------------------------------------------------------------------- arguments and files
 RANGES = {"seed": "[0, 2147483648)", "num_images": "[1, inf)", "image_size": "[16, inf)", "width": "(0, inf)",
-          "latent_dim": "[1, inf)", "ema": "[0, 1)", "alpha": "[0, inf)", "beta": "[0, inf)", "delta": "[0, 1)",
-          "generator_steps": "[1, inf)", "iterations": "[1, inf)", "epochs": "[1, inf)", "batch_size": "[2, inf)",
-          "lr": "(0, inf)", "beta1": "[0, 1)", "beta2": "[0, 1)", "log_every": "[0, inf)", "gradient_every": "[0, inf)",
-          "sample_every": "[0, inf)", "eval_every": "[0, inf)", "checkpoint_every": "[0, inf)", "num_real": "[2, inf)",
-          "num_fake": "[10, inf)", "num_is": "[10, inf)"}
-# What may differ from a checkpoint's run: where things are and how often one looks, nothing that training computes.
-FREE = {f.name for group in (RunArgs, LoggingArgs) for f in dataclasses.fields(group)} - {"seed", "precision"}
-FREE |= {"data_dir", "iterations"}  # iterations: without a schedule a run can be made longer
+          "latent_dim": "[1, inf)", "ema": "[0, 1)", "kernel_width": "(0, inf)", "alpha": "[0, inf)",
+          "beta": "[0, inf)", "delta": "[0, 1)", "generator_steps": "[1, inf)", "iterations": "[1, inf)",
+          "epochs": "[1, inf)", "batch_size": "[2, inf)", "lr": "(0, inf)", "beta1": "[0, 1)",
+          "beta2": "[0, 1)", "log_every": "[0, inf)", "sample_every": "[0, inf)", "eval_every": "[0, inf)",
+          "checkpoint_every": "[0, inf)", "num_real": "[2, inf)", "num_fake": "[10, inf)",
+          "num_is": "[10, inf)"}
 
 
-def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib.Path], Optional[dict]]:
-    """The arguments, resolved and checked; with --resume, --evaluate or --generate also the checkpoint's path and
-    contents."""
-    args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT, FREE)
-    if file and args.resume and args.iterations < checkpoint["iteration"]:
-        raise UserError(f"--iterations is {args.iterations}: {file} is already at {checkpoint['iteration']}")
-    args = resolve(dataclasses.replace(args, resume=None))
-    common.check_ranges(args, RANGES if isinstance(args.kernel_width, str) else RANGES | {"kernel_width": "(0, inf)"})
-    manifolds = not args.baseline
-    has_width = manifolds and args.kernel in ("poly", "rbf", "exp")
-    used = {"out": args.generate, "num_images": args.generate,
-            "kernel": manifolds, "kernel_width": has_width, "alpha": manifolds and args.kernel != "none",
-            "beta": manifolds, "delta": manifolds, "manifold_in_discriminator": manifolds,
-            "manifold_scale": has_width or manifolds and args.manifold_scale == "undamped",
-            "correlation_in_discriminator": manifolds and args.beta > 0, "generator_steps": args.baseline}
-    for name in used:
-        if not used[name] and not file and getattr(args, name) != getattr(Args, name):
-            raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
+def parse_args(argv: Optional[list[str]] = None
+               ) -> tuple[Args, Optional[pathlib.Path], Optional[dict]]:
+    """The arguments, resolved and checked; with --resume, --evaluate or --generate also the
+    checkpoint's path and contents."""
+    args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT)
+    resolve(args)
+    common.check_ranges(args, RANGES)
     return args, file, checkpoint
-
-
-def save_checkpoint(args: Args, folder: pathlib.Path, networks: nn.ModuleDict, state: dict) -> None:
-    """checkpoint.pt: all that training goes on from; generator.pt: the G that is sampled, alone."""
-    origin = {"script": SCRIPT, "args": dataclasses.asdict(args), "iteration": state["iteration"]}
-    weights, sampled = networks.state_dict(), "generator_ema." if args.ema else "generator."
-    generator = {name: value for name, value in weights.items() if name.startswith(sampled)}
-    advice = f"make room and go on with --resume {common.quote(folder)}; "
-    for name, contents in (("checkpoint.pt", {**origin, **state, "networks": weights}),
-                           ("generator.pt", {**origin, "networks": generator})):
-        common.write_atomically(folder / name, functools.partial(torch.save, contents), advice)
-
-
-def restore(checkpoint: dict, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Adam]) -> None:
-    """Load a checkpoint's weights and moments into networks and optimisers, which keep their own settings."""
-    try:
-        networks.load_state_dict({k: v for k, v in checkpoint["networks"].items() if k.split(".")[0] in networks})
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizers"][name]})
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"the checkpoint does not fit this {SCRIPT}.py (has it changed since?): "
-                        f"{common.reason(error)}") from None
 
 
 def load_generator(args: Args, checkpoint: dict, device: torch.device) -> Generator:
     """The G that is sampled (its average with --ema) of a checkpoint.pt or generator.pt."""
-    name = "generator_ema" if args.ema else "generator"
-    networks = nn.ModuleDict({name: init_networks(args, device)[name]})
-    restore(checkpoint, networks, {})
-    return networks[name]
+    sampled = "generator_ema" if args.ema else "generator"
+    networks = nn.ModuleDict({sampled: init_networks(args, device)[sampled]})
+    training.restore(checkpoint, networks, {})
+    return networks[sampled]
 
 
 def main() -> int:
     args, file, checkpoint = parse_args()
-    device = common.choose_device(args.device, tf32=args.precision != "fp32", deterministic=args.deterministic)
-    rank, world = common.world()
-    first = rank == 0
+    device = training.choose_device(args.device, tf32=args.precision != "fp32",
+                                    deterministic=args.deterministic)
+    main_process = training.world()[0] == 0  # of torchrun's processes: the one that writes
     if args.generate:
-        if first:
-            sample = make_sampler(load_generator(args, checkpoint, device), args, device)
-            common.write_images(sample, args.num_images, args.out)
+        if main_process:
+            sampler = make_sampler(load_generator(args, checkpoint, device), args, device)
+            datasets.write_images(sampler, args.num_images, args.out)
         return 0
-    if args.batch_size % world or args.batch_size < 2 * world:
-        raise UserError(f"--batch-size {args.batch_size} must be divisible by {world} processes, with 2 images each")
-    name = args.run_name or f"{args.dataset}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
-    with (common.run_folder(place, resume=file is not None, free_name=args.run_name is None)
-          if first and not args.evaluate else contextlib.nullcontext(place)) as folder:
+
+    with training.open_run(args, file, default_name=f"{args.dataset}__{SCRIPT}") as folder:
         images = datasets.load(args.dataset, args.data_dir, args.image_size)
-        args = dataclasses.replace(args, num_real=min(args.num_real or 10_000, len(images)),
-                                   iterations=args.iterations or max(1, args.epochs * len(images) // args.batch_size))
+        args.num_real = min(args.num_real or 10_000, len(images))
+        args.iterations = args.iterations or max(1, args.epochs * len(images) // args.batch_size)
         evaluator = None
         if args.evaluate or args.eval_every:
             from common import metrics  # its Inception takes seconds to import
             evaluator = metrics.Evaluator(images, args.num_real, args.inception_weights, device)
-            if args.num_real < 10_000 and first:
-                print(f"{SCRIPT}.py: FID of {args.num_real:,} real images is biased, and comparable only with FIDs of "
-                      "as many: look at KID", file=sys.stderr)
         if args.evaluate:
-            sample = make_sampler(load_generator(args, checkpoint, device), args, device)
-            scores = evaluator.score(sample, args.num_fake, args.num_is)
-            if first:
+            sampler = make_sampler(load_generator(args, checkpoint, device), args, device)
+            scores = evaluator.score(sampler, args.num_fake, args.num_is)
+            if main_process:
                 print(json.dumps({"iteration": checkpoint["iteration"], **scores}))
             return 0
-        if len(images) < args.batch_size:
-            raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
-        if checkpoint is not None:
+
+        if file:
             checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
-            if checkpoint["data"] != common.fingerprint(images):
-                raise UserError(f"the images in {args.data_dir} are not those that the run began with: give its "
-                                "--data-dir, or start a new run")
-        if args.compile and not common.compiles(device):
-            args = dataclasses.replace(args, compile=False)
-        if args.cuda_graph and device.type == "cuda" and world > 1:
-            print(f"{SCRIPT}.py: under torchrun iterations are launched eagerly, not as a CUDA graph", file=sys.stderr)
-            args = dataclasses.replace(args, cuda_graph=False)
-        if first:
-            (folder / "samples").mkdir(exist_ok=True)
+        training.check_start(args, images, device, checkpoint)
+        if main_process:
             common.write_setting(folder, SCRIPT, args)
-        signals: list[int] = []  # the signal, if one came: the iteration is finished and everything saved
+        signals: list[int] = []  # one that comes: the iteration is finished and everything saved
         common.on_signals(signals.append)
         finished = train(args, images, device, folder, checkpoint, evaluator, signals)
-        records = common.read_lines(folder / "metrics.jsonl")
-    scores = "no scores" + (" yet" if args.eval_every else ", --eval-every 0")
-    if records:
-        scores = "FID {fid:.2f}, KID {kid_mean:.4f}, IS {is_mean:.2f} at iteration {iteration}".format(**records[-1])
-    if first and finished:
-        print(f"{folder}: {args.iterations} iterations, {scores}")
-    elif first:
-        print(f"{folder}: stopped ({scores}); go on with --resume {common.quote(folder)}")
+        if main_process:
+            training.print_end(folder, args, finished)
     return 0 if finished else 128 + signals[0]
 
 

@@ -1,15 +1,15 @@
-"""The user study of "MMGAN: Manifold-Matching Generative Adversarial Network" (Park et al. 2018), table I: a web page
-on which people mark the images that they take for fake.
+"""The user study of "MMGAN: Manifold-Matching Generative Adversarial Network" (Park et al. 2018), table
+I: a web page on which people mark the images that they take for fake.
 
     python user_study.py --real data/MNIST --fake dcgan=dcgan.npy --fake "mmgan rbf=runs/x/generated"
-    python user_study.py --real cifar10 --fake dcgan=x.npy --host 0.0.0.0     # also for others, over plain http
-    python user_study.py --tally study.db --csv table.csv --chart table.png   # table I
+    python user_study.py --real cifar10 --fake dcgan=x.npy --host 0.0.0.0    # for others too
+    python user_study.py --tally study.db --csv table.csv --chart table.png  # table I
 
-Every participant sees --per-method images of each method and as many real ones, in an order of their own. Each page
-holds equally many of each, so that a page counts as soon as it is sent, whether or not the next ones follow.
+Every participant sees --per-method images of each method and as many real ones, in a random order.
+Each page holds equally many of each, so that it counts even if the participant sends no other.
 
-A source of images is a folder or .zip of images, a uint8 .npy [N, H, W, C] or [N, H, W], an idx3 file, or a data set's
-name (mnist, celeba, cifar10, stl10) with --data-dir. Generated ones come from the other scripts' --generate.
+A source of images is a folder or .zip of images, a uint8 .npy [N, H, W, C] or [N, H, W], an idx3 file,
+or a data set (mnist, celeba, cifar10, stl10). The other scripts' --generate writes generated ones.
 """
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ import waitress
 from PIL import Image
 from werkzeug.exceptions import HTTPException
 
-from common import UserError, datasets, reason, run, write_atomically
+from common import UserError, check_ranges, datasets, reason, run, write_atomically
 
 SCRIPT = pathlib.Path(__file__).stem
 DATASETS = {"mnist": 28, "cifar10": 32, "stl10": 48, "celeba": 64}  # height and width in the papers
-PAPER = {"real": (14.0, 4.0), "dcgan": (38.2, 75.3), "mmgan rbf": (32.4, 77.0), "mmgan exp": (35.4, 73.3),
-         "mmgan no rg": (45.5, 76.6)}  # table I: per cent of MNIST's and CelebA's images taken for fake, over 30 people
+PAPER = {"real": (14.0, 4.0), "dcgan": (38.2, 75.3), "mmgan rbf": (32.4, 77.0),
+         "mmgan exp": (35.4, 73.3), "mmgan no rg": (45.5, 76.6)}  # table I: % taken for fake, of MNIST and CelebA
 COLUMNS = ("method", "share", "low", "high", "participants", "votes", "paper_mnist", "paper_celeba")
 
 
-# ----------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------ arguments
 @dataclass
 class Args:
     # images
     real: Optional[str] = None
-    """Source of the real images. Folders, .zip files, celeba and stl10 are resized to the fake images' size."""
+    """Source of real images. A folder, .zip, celeba and stl10 are resized to the fake images' size."""
     fake: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=SOURCE, once for each method. The table has the paper's figures for the names dcgan, "mmgan rbf",
-    "mmgan exp" and "mmgan no rg"."""
+    """NAME=SOURCE, once for each method. The table has the paper's figures for the names dcgan,
+    "mmgan rbf", "mmgan exp" and "mmgan no rg"."""
     data_dir: str = "data"
     """Where data sets are kept and downloaded to."""
     # study
@@ -67,12 +67,12 @@ class Args:
     max_participants: int = 1000
     """After so many have begun, nobody else can."""
     passkey: Optional[str] = None
-    """Whoever types it in on the first page makes a trial run, which is not counted. Default: random, printed."""
+    """Typed in on the first page, it starts a trial run, not counted. Default: random, printed."""
     # page
     zoom: Optional[int] = None
     """Screen pixels per image pixel. Default: images are about 112 pixels wide."""
     host: str = "127.0.0.1"
-    """127.0.0.1: this machine alone; 0.0.0.0: others too, over plain http, which the network between can read."""
+    """127.0.0.1: this machine alone; 0.0.0.0: others too, over http, which is not encrypted."""
     port: int = 8000
     """The port to serve at."""
     # tally
@@ -84,101 +84,118 @@ class Args:
     """With --tally: also draw the shares and their intervals to this .png."""
 
 
-# -------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------- images
 def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.ndarray:
     """A source's images, uint8 [N, H, W, C] over a memory map, so that only those shown are read.
 
-    size: what folders, .zip files, celeba and stl10 are resized to. Default: the first image's or the paper's.
+    size: side in pixels that a folder, .zip, celeba and stl10 are resized to. Default: the first
+    image's or the paper's. Raises UserError: a source that cannot be read, or holds no such images.
     """
-    def load(*where) -> np.ndarray:
-        return datasets.load(*where).numpy().transpose(0, 2, 3, 1)
+    def load(name: str, root: str | pathlib.Path, image_size: int) -> np.ndarray:
+        return datasets.load(name, root, image_size).numpy().transpose(0, 2, 3, 1)
 
     path = pathlib.Path(source)
+    if source in ("celeba", "stl10"):
+        return load(source, data_dir, image_size=size or DATASETS[source])
     if source in DATASETS:
-        return load(source, data_dir, source in ("celeba", "stl10") and size or DATASETS[source])
+        return load(source, data_dir, image_size=DATASETS[source])
     for folder in (path, path / "raw", path / "MNIST" / "raw"):
         if any(folder.glob("train-images-idx3-ubyte*")):
-            return load("mnist", folder, 28)
+            return load("mnist", folder, image_size=28)
     if path.is_dir() or zipfile.is_zipfile(path):
-        return load("folder", path, size or first_size(path))
+        return load("folder", path, image_size=size or first_size(path))
     try:
         if path.suffix == ".npy":
             images = np.load(path, mmap_mode="r")
         else:
-            magic, *shape = np.fromfile(path, ">i4", 4).tolist()
+            magic, *shape = np.fromfile(path, dtype=">i4", count=4).tolist()
             if magic != 0x803:
                 raise ValueError("not an idx3 file")
-            images = np.memmap(path, np.uint8, "r", 16, tuple(shape))
-        images = images[..., None] if images.ndim == 3 else images
+            images = np.memmap(path, dtype=np.uint8, mode="r", offset=16, shape=tuple(shape))
+        if images.ndim == 3:
+            images = images[..., None]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise ValueError(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 1 or 3]")
-    except (OSError, EOFError, ValueError, OverflowError) as error:  # a cut file: the map's ValueError
-        raise UserError(f"cannot read {source}: {reason(error)}; give a folder, .zip, .npy or idx3 file, or "
-                        f"one of {', '.join(DATASETS)}") from None
+    except (OSError, EOFError, ValueError, OverflowError) as error:  # a cut file: ValueError
+        raise UserError(f"cannot read {source}: {reason(error)}; "
+                        f"give a folder, .zip, .npy or idx3 file, or one of {', '.join(DATASETS)}") from None
     return images
 
 
 def first_size(path: pathlib.Path) -> int:
-    """The shorter side of the first image in a folder or .zip."""
+    """The shorter side in pixels of the first image in a folder or .zip."""
     archive = None if path.is_dir() else zipfile.ZipFile(path)
     for name in sorted(archive.namelist() if archive else path.rglob("*")):
         with contextlib.suppress(Exception):  # no image, or a damaged one, which load() will name
-            return min(Image.open(io.BytesIO(archive.read(name)) if archive else name).size)
+            return min(Image.open(archive.open(name) if archive else name).size)
     raise UserError(f"no images in {path}")
 
 
 def open_sources(args: Args) -> dict[str, np.ndarray]:
-    """Real and fake images by method, all of one size, since another size would tell the method."""
+    """Real and fake images by method, uint8 [N, H, W, C].
+    Raises UserError: flags that do not go together, too few images, images of two sizes."""
     if args.real is None or not args.fake or args.csv or args.chart:
-        raise UserError("give --real SOURCE and --fake NAME=SOURCE; or --tally FILE, with or without --csv and --chart")
-    named = {name: source for name, _, source in (entry.partition("=") for entry in args.fake)}
-    if not all(named) or not all(named.values()) or len({*named, "real"}) <= len(args.fake):
-        raise UserError(f"--fake {' '.join(args.fake)}: write NAME=SOURCE, each name once and none of them real")
-    fakes = {name: open_images(source, args.data_dir) for name, source in named.items()}
-    first, (_, height, width, _) = next((name, images.shape) for name, images in fakes.items())
-    sources = {"real": open_images(args.real, args.data_dir, height), **fakes}
-    for name, images in sources.items():
-        if images.shape[1:3] != (height, width):
-            raise UserError(f"all images must have one size: those of {name} are {images.shape[1]}x{images.shape[2]}, "
+        raise UserError("give --real SOURCE and --fake NAME=SOURCE; "
+                        "or --tally FILE, with or without --csv and --chart")
+    fake_sources: dict[str, str] = {}
+    for entry in args.fake:
+        name, _, source = entry.partition("=")
+        if not name or not source or name == "real" or name in fake_sources:
+            raise UserError(f"--fake {' '.join(args.fake)}: "
+                            "write NAME=SOURCE, each name once and none of them real")
+        fake_sources[name] = source
+    fakes = {name: open_images(source, args.data_dir) for name, source in fake_sources.items()}
+    first = next(iter(fakes))
+    height, width = fakes[first].shape[1:3]
+    images_by_method = {"real": open_images(args.real, args.data_dir, size=height), **fakes}
+    for name, images in images_by_method.items():
+        h, w = images.shape[1:3]
+        if (h, w) != (height, width):
+            raise UserError(f"all images must have one size: those of {name} are {h}x{w}, "
                             f"those of {first} {height}x{width}")
         if len(images) < args.per_method:
             raise UserError(f"{name} has {len(images)} images: lower --per-method {args.per_method}")
-    return sources
+    return images_by_method
 
 
 def encode(image: np.ndarray) -> str:
-    """An image [H, W, C] as a PNG in base64: always RGB and uncompressed, so that the length depends on H and W alone.
+    """An image [H, W, C] as a base64 PNG, RGB, uncompressed: its length depends on H and W alone.
     Compressed, a blurred image would be shorter."""
-    file, rgb = io.BytesIO(), np.broadcast_to(image, (*image.shape[:2], 3))
-    Image.fromarray(np.ascontiguousarray(rgb)).save(file, "PNG", compress_level=0)
+    rgb = np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "PNG", compress_level=0)
     return base64.b64encode(file.getvalue()).decode()
 
 
-# --------------------------------------------------------------------------------------------------------- votes
+# ---------------------------------------------------------------------------------- votes
 SCHEMA = """
 PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
 CREATE TABLE IF NOT EXISTS study (settings TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS showings (token TEXT PRIMARY KEY, participant TEXT NOT NULL, trial INTEGER NOT NULL,
     number INTEGER NOT NULL, page TEXT NOT NULL, method TEXT NOT NULL, image INTEGER NOT NULL, fake INTEGER, sent TEXT);
 CREATE INDEX IF NOT EXISTS of_participant ON showings (participant);
-"""  # a row for each image that a participant is to see; its page is unfinished while fake is NULL
+"""  # a showing is an image that a participant is to see; fake is NULL until its page is sent
 
 
 def assign(counts: dict[str, int], per_method: int, pages: int) -> list[list[tuple[str, int]]]:
-    """A participant's pages of (method, image): equally many of each method on a page, no image twice, shuffled."""
+    """A participant's pages of (method, image), shuffled: equally many of each method, no image twice."""
     draw = random.SystemRandom()
     chosen = {method: draw.sample(range(count), per_method) for method, count in counts.items()}
-    layout = [[(method, image) for method, images in chosen.items() for image in images[page::pages]]
-              for page in range(pages)]
-    return [draw.sample(page, len(page)) for page in layout]
+    layout = []
+    for number in range(pages):
+        showings = [(method, i) for method, images in chosen.items() for i in images[number::pages]]
+        draw.shuffle(showings)
+        layout.append(showings)
+    return layout
 
 
 class Study:
-    """The SQLite file. What `start` and `submit` write is one transaction each, on the disk when they return."""
+    """The SQLite file. `start` and `submit` write a transaction each, on the disk when they return.
+    Participants, pages and showings are named by random tokens, which tell nothing of a method."""
 
     def __init__(self, args: Args, counts: dict[str, int]):
         self.args, self.counts = args, counts
-        self.lock = threading.Lock()  # of the one connection; SQLite writes one transaction at a time in any case
+        self.lock = threading.Lock()  # of the connection; SQLite writes one transaction at a time
         settings = json.dumps({"images": counts, "per_method": args.per_method, "pages": args.pages})
         try:
             self.db = sqlite3.connect(args.db, isolation_level="IMMEDIATE", check_same_thread=False)
@@ -193,10 +210,13 @@ class Study:
 
     def start(self, trial: bool) -> Optional[str]:
         """A new participant's token. None: there are enough participants."""
-        participant, token = secrets.token_urlsafe(), secrets.token_urlsafe
-        rows = [(token(), participant, trial, number, page, *showing)
-                for number, showings in enumerate(assign(self.counts, self.args.per_method, self.args.pages))
-                for page in [token()] for showing in showings]
+        participant = secrets.token_urlsafe()
+        layout = assign(self.counts, per_method=self.args.per_method, pages=self.args.pages)
+        rows = []
+        for number, showings in enumerate(layout):
+            page = secrets.token_urlsafe()
+            for method, image in showings:
+                rows.append((secrets.token_urlsafe(), participant, trial, number, page, method, image))
         with self.lock, self.db as db:
             begun, = db.execute("SELECT COUNT(DISTINCT participant) FROM showings WHERE NOT trial").fetchone()
             if begun >= self.args.max_participants and not trial:
@@ -204,32 +224,40 @@ class Study:
             db.executemany("INSERT INTO showings VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL)", rows)
         return participant
 
-    def page(self, participant: str) -> Optional[tuple[int, str, list[tuple[str, str, int]]]]:
-        """The first page not sent yet: number, token, and of each image token, method, image. None: there is none."""
+    def next_page(self, participant: str) -> Optional[tuple[int, str, list[tuple[str, str, int]]]]:
+        """The first page not sent: number, token, (token, method, image) of each showing. None: all are sent."""
         with self.lock:
-            rows = self.db.execute("SELECT number, page, token, method, image FROM showings WHERE participant = ? AND "
-                                   "fake IS NULL ORDER BY rowid", (participant,)).fetchall()
-        return (*rows[0][:2], [row[2:] for row in rows if row[0] == rows[0][0]]) if rows else None
+            rows = self.db.execute(
+                "SELECT number, page, token, method, image FROM showings "
+                "WHERE participant = ? AND fake IS NULL ORDER BY rowid", (participant,)).fetchall()
+        if not rows:
+            return None
+        first, page = rows[0][:2]
+        return first, page, [showing for number, _, *showing in rows if number == first]
 
-    def submit(self, participant: str, page: str, fake: list[str]) -> bool:
-        """Store which images of a page were taken for fake. A page that is sent again keeps its first votes. False, and
-        nothing stored: the page is not the participant's, or an image not the page's."""
+    def submit(self, participant: str, page: str, marked: list[str]) -> bool:
+        """Store which showings of a page were marked as fake. Sent again, it keeps its first votes.
+        False, and nothing stored: not a page of this participant, or not a showing of this page."""
         with self.lock, self.db as db:
-            shown = {token for token, in db.execute("SELECT token FROM showings WHERE participant = ? AND page = ?",
-                                                    (participant, page))}
+            rows = db.execute("SELECT token FROM showings WHERE participant = ? AND page = ?",
+                              (participant, page))
+            tokens = {token for token, in rows}
+            if not tokens or not tokens.issuperset(marked):
+                return False
             db.executemany("UPDATE showings SET fake = ?, sent = datetime() WHERE token = ? AND fake IS NULL",
-                           [(token in fake, token) for token in shown if shown.issuperset(fake)])
-        return bool(shown) and shown.issuperset(fake)
+                           [(token in marked, token) for token in tokens])
+        return True
 
     def result(self, participant: str) -> tuple[Optional[int], ...]:
-        """A participant's trial, fakes shown, fakes marked, reals shown, reals marked. All None: there is none."""
+        """A participant's trial, fakes shown, fakes marked, reals shown, reals marked; of nobody, all None."""
         with self.lock:
             return self.db.execute(
-                "SELECT MAX(trial), SUM(method != 'real'), SUM(method != 'real' AND fake), SUM(method = 'real'), "
-                "SUM(method = 'real' AND fake) FROM showings WHERE participant = ?", (participant,)).fetchone()
+                "SELECT MAX(trial), SUM(method != 'real'), SUM(method != 'real' AND fake), "
+                "SUM(method = 'real'), SUM(method = 'real' AND fake) FROM showings WHERE participant = ?",
+                (participant,)).fetchone()
 
 
-# ---------------------------------------------------------------------------------------------------------- page
+# ----------------------------------------------------------------------------------- page
 TEMPLATES = {"base.html": """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><style>
 :root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --text: #1d1f23; --soft: #595e67; --line: #c3c7cd;
@@ -269,16 +297,17 @@ button { font: inherit; font-weight: 600; padding: .7rem 1.6rem; border: 0; bord
 alt="image {{ loop.index }} of {{ loop.length }}"><span><svg viewBox="0 0 24 24" aria-hidden="true"><path
 d="M17 3h4v12h-4zM15 3H5L2 11v5h8l-1 6 2 1 4-7z"/></svg>fake</span></label>{% endfor %}</fieldset>
 <button>{{ "Send and finish" if number + 1 == pages else "Send and go on" }}</button>
-{#- last, so that a form that was cut lacks it #}<input type="hidden" name="page" value="{{ token }}"></form>
+{#- last, so that a form that was cut lacks it #}<input type="hidden" name="page" value="{{ page }}"></form>
 {% endblock %}"""}
 
 
-def create_app(study: Study, sources: dict[str, np.ndarray]) -> flask.Flask:
-    """The web pages. Images are inside their page: no address, header or moment of loading differs between them."""
+def create_app(study: Study, images_by_method: dict[str, np.ndarray]) -> flask.Flask:
+    """The web pages. Images are inside their page: no address, header or delay tells the method."""
     app = flask.Flask(SCRIPT, static_folder=None)
     app.jinja_loader = jinja2.DictLoader(TEMPLATES)
     app.config["MAX_CONTENT_LENGTH"] = 2**20
-    args, width = study.args, sources["real"].shape[2]
+    args = study.args
+    width = images_by_method["real"].shape[2]
 
     def text(title: str, *lines: str, start: bool = False) -> str:
         return flask.render_template("text.html", kind="text", title=title, lines=lines, start=start)
@@ -288,29 +317,31 @@ def create_app(study: Study, sources: dict[str, np.ndarray]) -> flask.Flask:
 
     @app.get("/")
     def show():
-        if page := study.page(participant()):
-            number, token, showings = page
-            images = [(name, encode(sources[method][image])) for name, method, image in showings]
-            return flask.render_template("page.html", title="Which images are fake?", number=number, pages=args.pages,
-                                         token=token, images=images,
-                                         width=width * (args.zoom or max(1, round(112 / width))))
-        trial, fakes, marked, reals, mistaken = study.result(participant())
+        unsent = study.next_page(participant())
+        if unsent is not None:
+            number, page, showings = unsent
+            images = [(token, encode(images_by_method[method][image])) for token, method, image in showings]
+            zoom = args.zoom or max(1, round(112 / width))
+            return flask.render_template("page.html", title="Which images are fake?", number=number,
+                                         pages=args.pages, page=page, images=images, width=width * zoom)
+        trial, fakes, fakes_marked, reals, reals_marked = study.result(participant())
         if trial is None:
             return text("Which images are fake?", "Some of the images that you will see are real, others were made by "
                         f"a computer. Mark those that you think are fake, then send the page. Pages: {args.pages}.",
                         "Please take part once only. Your votes are stored without your name.", start=True)
-        right, shown = marked + reals - mistaken, fakes + reals
+        right, shown = fakes_marked + reals - reals_marked, fakes + reals
         return text("Thank you", f"You were right about {right} of {shown} images ({100 * right / shown:.0f}%).",
-                    f"You marked {marked} of {fakes} fake images, and took {mistaken} of {reals} real ones for fake.",
+                    f"You marked {fakes_marked} of {fakes} fake images, "
+                    f"and took {reals_marked} of {reals} real ones for fake.",
                     "This was a trial run. To take part, start again." if trial else "You can close this page.",
                     start=bool(trial))
 
     @app.post("/start")
     def start():
-        key = flask.request.form.get("passkey", "").strip()
-        if key not in ("", args.passkey):
+        passkey = flask.request.form.get("passkey", "").strip()
+        if passkey not in ("", args.passkey):
             return text("Wrong passkey", "Leave it empty to take part in the study.", start=True), 400
-        token = study.start(trial=bool(key))
+        token = study.start(trial=passkey != "")
         if token is None:
             return text("The study is complete", "Enough people have taken part. Thank you all the same."), 403
         response = flask.redirect("/", 303)
@@ -319,7 +350,8 @@ def create_app(study: Study, sources: dict[str, np.ndarray]) -> flask.Flask:
 
     @app.post("/")
     def submit():
-        if not study.submit(participant(), flask.request.form["page"], flask.request.form.getlist("fake")):
+        form = flask.request.form
+        if not study.submit(participant(), form["page"], marked=form.getlist("fake")):
             flask.abort(400)
         return flask.redirect("/", 303)
 
@@ -331,16 +363,19 @@ def create_app(study: Study, sources: dict[str, np.ndarray]) -> flask.Flask:
         return text("Not valid", "Nothing was stored. Go back to your page and send it again."), status
 
     @app.after_request
-    def headers(response):
-        response.headers.update({"Cache-Control": "no-store", "Content-Security-Policy": "default-src 'none'; img-src "
-                                 "data:; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'"})
+    def set_headers(response):
+        response.headers["Cache-Control"] = "no-store"
+        response.headers["Content-Security-Policy"] = (
+            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'self'; "
+            "frame-ancestors 'none'")
         return response
 
     return app
 
 
 def serve(app: flask.Flask, args: Args) -> None:
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # else a line for each request that waits for a thread
+    """Serve the pages until a signal ends the process. Raises UserError: no such host, a port in use."""
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # else a line a request that waits
     try:
         server = waitress.create_server(app, host=args.host, port=args.port, threads=8)
     except (OSError, OverflowError, ValueError) as error:
@@ -350,88 +385,109 @@ def serve(app: flask.Flask, args: Args) -> None:
     server.run()
 
 
-# --------------------------------------------------------------------------------------------------------- tally
-def bootstrap(fake: np.ndarray, shown: np.ndarray, resamples: int = 10_000) -> np.ndarray:
-    """95% intervals of each method's share of images taken for fake, [2, M]: low, high.
+# ---------------------------------------------------------------------------------- tally
+def bootstrap(marked: np.ndarray, shown: np.ndarray, resamples: int = 10_000) -> np.ndarray:
+    """95% intervals of each method's share of images marked as fake, [2, M]: low, high.
 
-    fake, shown: votes and images of each participant and method, [P, M]. Participants are resampled, not votes, because
-    those of one participant depend on each other.
+    marked, shown: numbers of images by participant and method, [P, M]. Participants are resampled,
+    not votes: the votes of one participant depend on each other.
     """
-    people = len(fake)
-    times = np.random.default_rng(0).multinomial(people, np.full(people, 1 / people), resamples)  # [resamples, P]
-    return np.quantile(times @ fake / (times @ shown), [0.025, 0.975], axis=0)
+    people = len(marked)
+    uniform = np.full(people, 1 / people)
+    times = np.random.default_rng(0).multinomial(people, uniform, size=resamples)  # [resamples, P]
+    shares = times @ marked / (times @ shown)
+    return np.quantile(shares, [0.025, 0.975], axis=0)
 
 
 def tally(path: str) -> tuple[list[dict], str]:
-    """The table's rows (last the paper's methods that the study lacks), and a line of what was counted."""
+    """The table's rows (last the paper's methods that the study lacks), and a line on what counted.
+    Raises UserError: not the file of a study, no votes."""
+    uri = pathlib.Path(path).absolute().as_uri() + "?mode=rw"  # a file that is missing is not made
     try:
-        with contextlib.closing(sqlite3.connect(pathlib.Path(path).absolute().as_uri() + "?mode=rw", uri=True)) as db:
-            methods = list(json.loads(db.execute("SELECT settings FROM study").fetchone()[0])["images"])
-            votes = db.execute("SELECT participant, method, SUM(fake), COUNT(*) FROM showings WHERE NOT trial AND "
-                               "fake IS NOT NULL GROUP BY participant, method").fetchall()
-            skipped = db.execute("SELECT COUNT(DISTINCT participant) FILTER (WHERE trial), COUNT(DISTINCT page) FILTER "
-                                 "(WHERE NOT trial AND fake IS NULL) FROM showings").fetchone()
-    except (sqlite3.Error, TypeError) as error:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            settings, = db.execute("SELECT settings FROM study").fetchone()
+            votes = db.execute(
+                "SELECT participant, method, SUM(fake), COUNT(*) FROM showings "
+                "WHERE NOT trial AND fake IS NOT NULL GROUP BY participant, method").fetchall()
+            trials, unfinished = db.execute(
+                "SELECT COUNT(DISTINCT participant) FILTER (WHERE trial), "
+                "COUNT(DISTINCT page) FILTER (WHERE NOT trial AND fake IS NULL) FROM showings").fetchone()
+    except (sqlite3.Error, TypeError) as error:  # TypeError: a study without settings
         raise UserError(f"cannot read {path}: {error}; give --tally the --db of a study") from None
-    summary = f"not counted: {skipped[0]} trial runs, {skipped[1]} unfinished pages"
+    summary = f"not counted: {trials} trial runs, {unfinished} unfinished pages"
     if not votes:
         raise UserError(f"{path} has no votes yet ({summary})")
+    methods = list(json.loads(settings)["images"])
     people = sorted({participant for participant, *_ in votes})
-    fake, shown = np.zeros((2, len(people), len(methods)), int)  # [P, M]
-    for participant, method, marked, count in votes:
+    marked, shown = np.zeros((2, len(people), len(methods)), int)  # [P, M]
+    for participant, method, num_marked, num_shown in votes:
         at = people.index(participant), methods.index(method)
-        fake[at], shown[at] = marked, count
-    columns = (methods, fake.sum(0) / shown.sum(0), *bootstrap(fake, shown), [len(people)] * len(methods), shown.sum(0))
-    rows = [dict(zip(COLUMNS, row)) for row in zip(*columns)] + [{"method": m} for m in PAPER if m not in methods]
+        marked[at], shown[at] = num_marked, num_shown
+    share = marked.sum(0) / shown.sum(0)
+    low, high = bootstrap(marked, shown)
+    rows = [{"method": method, "share": share[m], "low": low[m], "high": high[m],
+             "participants": len(people), "votes": shown[:, m].sum()} for m, method in enumerate(methods)]
+    rows += [{"method": method} for method in PAPER if method not in methods]
     for row in rows:
-        row |= {f"paper_{name}": p / 100 for name, p in zip(("mnist", "celeba"), PAPER.get(row["method"], ()))}
+        if row["method"] in PAPER:
+            mnist, celeba = PAPER[row["method"]]
+            row["paper_mnist"], row["paper_celeba"] = mnist / 100, celeba / 100
     return rows, f"{len(people)} participants, {shown.sum():,} votes; {summary}"
 
 
 def table(rows: list[dict]) -> str:
+    """The rows as text in columns; "-" where there is no figure."""
     lines = [("taken for fake", "share", "95% interval", "participants", "votes", "paper: MNIST", "CelebA")]
     for row in rows:
-        r = {key: f"{100 * v:.1f}%" if isinstance(v, float) else str(v) for key, v in row.items()}
-        r["interval"] = f"{r['low']} to {r['high']}" if "low" in r else "-"
-        lines.append([r.get(key, "-") for key in ("method", "share", "interval", *COLUMNS[4:])])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+        cells = {key: f"{100 * v:.1f}%" if isinstance(v, float) else str(v) for key, v in row.items()}
+        if "low" in cells:
+            cells["interval"] = f"{cells['low']} to {cells['high']}"
+        lines.append([cells.get(key, "-") for key in ("method", "share", "interval", *COLUMNS[4:])])
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines)
 
 
 def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *([row.get(column) for column in COLUMNS] for row in rows)])
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def draw_chart(path: pathlib.Path, rows: list[dict]) -> None:
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's, whose module is missing here, makes the import fail
+    """Draw the shares and their intervals as bars, a PNG."""
+    os.environ["MPLBACKEND"] = "agg"  # else a notebook's backend, not installed, fails the import
     from matplotlib.figure import Figure
-    rows = [r for r in rows if "share" in r]
-    share, low, high = (100 * np.array([r[key] for r in rows]) for key in ("share", "low", "high"))
-    figure = Figure(figsize=(1.5 + 1.1 * len(rows), 3.6), layout="constrained")
-    axis = figure.subplots()
-    axis.bar([r["method"] for r in rows], share, 0.6, yerr=(share - low, high - share), capsize=5, color="#7aa3dc")
-    axis.set(ylabel="images taken for fake (%)", title=f"{rows[0]['participants']} participants, 95% intervals")
-    axis.spines[["top", "right"]].set_visible(False)
+    studied = [row for row in rows if "share" in row]
+    methods = [row["method"] for row in studied]
+    percent = np.array([[row["share"], row["low"], row["high"]] for row in studied]) * 100
+    share, low, high = percent.T
+    figure = Figure(figsize=(1.5 + 1.1 * len(studied), 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(methods, share, width=0.6, yerr=(share - low, high - share), capsize=5, color="#7aa3dc")
+    axes.set(ylabel="images taken for fake (%)",
+             title=f"{studied[0]['participants']} participants, 95% intervals")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=150)
 
 
-# ---------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------- main
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    for name, low in (("pages", 1), ("per_method", args.pages), ("max_participants", 1), ("zoom", 1), ("port", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be {low} or more")
+    check_ranges(args, {"pages": "[1, inf)", "per_method": f"[{args.pages}, inf)", "port": "[0, inf)",
+                        "max_participants": "[1, inf)", "zoom": "[1, inf)"})
     if args.tally:
         rows, summary = tally(args.tally)
         print(f"{table(rows)}\n{summary}")
-        for path, write in ((args.csv, write_csv), (args.chart, draw_chart)):
-            if path:
-                write_atomically(pathlib.Path(path), lambda temporary: write(temporary, rows))
+        if args.csv:
+            write_atomically(pathlib.Path(args.csv), lambda path: write_csv(path, rows))
+        if args.chart:
+            write_atomically(pathlib.Path(args.chart), lambda path: draw_chart(path, rows))
         return 0
-    sources = open_sources(args)
+    images_by_method = open_sources(args)
     args.passkey = args.passkey or secrets.token_hex(3).upper()
-    serve(create_app(Study(args, {name: len(images) for name, images in sources.items()}), sources), args)
+    study = Study(args, {method: len(images) for method, images in images_by_method.items()})
+    serve(create_app(study, images_by_method), args)
     return 0
 
 

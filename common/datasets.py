@@ -1,9 +1,10 @@
-"""Image data sets, each as one uint8 tensor [N, C, H, W]: downloaded and verified, decoded once, memory-mapped after.
+"""Image data sets, each as one uint8 tensor [N, C, H, W]: downloaded, verified, decoded once, memory-mapped.
+Generated images are written at the end of this file.
 
     images = load("cifar10", "data", 32)             # [50000, 3, 32, 32]
     images = load("folder", "photos.zip", 64)        # every image in a directory or a .zip
 
-What is decoded lies in a .npy file beside the data, or in `cache_folder()` where that place cannot be written.
+Decoded images are kept beside the data as .npy, or in `cache_folder()` if that place cannot be written.
 """
 from __future__ import annotations
 
@@ -32,20 +33,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.datasets import CIFAR10, MNIST, STL10, CelebA, utils
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import UserError, cache_folder, reason, world, write_atomically
+from common import UserError, cache_folder, reason, write_atomically
+from common.training import world
 
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp",
-              ".avif", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"}
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif",
+              ".tiff", ".webp", ".avif", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"}
 NO_IMAGES = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "lost+found"}  # thumbnails, deleted files
+VERSION = 2  # of the decoding below; part of the key in a .npy file's name
 Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse a photograph of 200 megapixels
-VERSION = 2  # of the decoding below; part of a cache file's name
 
 
 @contextlib.contextmanager
 def process_zero_first() -> Iterator[None]:
-    """Process 0 runs the body alone; then the others run it and find in the caches what process 0 wrote."""
+    """Process 0 runs the body alone; then the others run it and find the caches that process 0 wrote."""
     rank, processes = world()
     if rank > 0:
         dist.barrier()
@@ -58,38 +62,44 @@ def process_zero_first() -> Iterator[None]:
 def load(name: str, root: str | os.PathLike, image_size: int) -> torch.Tensor:
     """The training images of a data set, uint8 [N, C, image_size, image_size], memory-mapped.
 
-    name: cifar10 (50,000 of 32x32), stl10 (the 100,000 unlabelled, resized from 96x96), mnist (60,000 of 28x28, C = 1),
-    celeba (202,599; the central 108x108, resized) or folder (RGB; the central square, resized; bilinear, antialiased).
-    root: the folder that data sets are kept in and downloaded to; for `folder` the directory (searched recursively) or
-    .zip of images itself. Official files that are there are used as they are, subsets too; cut files are refused.
+    name: cifar10 (50,000 of 32x32), stl10 (the 100,000 unlabelled, resized from 96x96), mnist (60,000
+    of 28x28, C = 1), celeba (202,599; the central 108x108, resized) or folder (RGB; the central square,
+    resized). Resizing is bilinear and antialiased. Official files that are there are used, subsets too.
+    root: the folder that data sets are kept in and downloaded to. Of `folder`: the .zip of images, or the
+    directory, which is searched recursively.
 
-    Raises UserError: a failed or wrong download, damaged files (named), no images.
+    Raises UserError: a failed or wrong download, damaged or cut files (named), no images.
     """
     root = pathlib.Path(os.path.expanduser(root))
-    native = {"cifar10": 32, "mnist": 28}.get(name, image_size)
-    if image_size != native:
-        raise UserError(f"--image-size {image_size}: {name} is {native}x{native}")
+    native_size = {"cifar10": 32, "mnist": 28}.get(name, image_size)
+    if image_size != native_size:
+        raise UserError(f"--image-size {image_size}: {name} is {native_size}x{native_size}")
     if name not in SOURCES:
         raise UserError(f"unknown data set {name}: choose from {', '.join(SOURCES)}")
     identity, decode = SOURCES[name](root)
-    place, label = (root.parent, root.stem) if os.path.isfile(root) else (root, name)  # a file: a .zip
-    label = label if len(os.fsencode(label)) < 150 else digest(label)
-    # a dot file, which a search of `place` for images passes over
-    prefix, key = f".{label}-{image_size}px-", digest((VERSION, image_size, identity))
-    subfolder = digest(os.path.realpath(root))  # of the cache folder, which data sets of one name may share
-    with contextlib.suppress(OSError, EOFError, ValueError):  # not there, cut, or not what was written
+
+    place, label = root, name
+    if os.path.isfile(root):  # a .zip
+        place, label = root.parent, root.stem
+    if len(os.fsencode(label)) >= 150:  # a file's name has at most 255 bytes
+        label = digest(label)
+    prefix = f".{label}-{image_size}px-"  # hidden: a search of `place` for images passes it over
+    key = digest((VERSION, image_size, identity))
+    subfolder = digest(os.path.realpath(root))  # of the cache folder: two data sets may have one label
+
+    with contextlib.suppress(OSError, EOFError, ValueError):  # not there, cut, or not an array
         return map_array(place / f"{prefix}{key}.npy")
-    with contextlib.suppress(OSError, EOFError, ValueError, UserError):  # a home that cannot be written does no harm
+    with contextlib.suppress(OSError, EOFError, ValueError, UserError):  # UserError: no cache folder
         return map_array(cache_folder() / subfolder / f"{prefix}{key}.npy")
     try:
         if os.access(place, os.W_OK):
-            return keep(decode, image_size, place, prefix, key)
+            return decode_to_file(decode, image_size, folder=place, prefix=prefix, key=key)
     except UserError as error:
-        if not str(error).startswith("cannot write"):
+        if not str(error).startswith("cannot write"):  # it is the images that are damaged
             raise
-    folder = cache_folder() / subfolder  # for a read-only place, or no room beside the data
+    folder = cache_folder() / subfolder
     folder.mkdir(exist_ok=True)
-    return keep(decode, image_size, folder, prefix, key)
+    return decode_to_file(decode, image_size, folder=folder, prefix=prefix, key=key)
 
 
 def digest(value: object) -> str:
@@ -97,16 +107,16 @@ def digest(value: object) -> str:
 
 
 def map_array(path: pathlib.Path) -> torch.Tensor:
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: nothing that is written reaches the file
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: the file never changes
 
 
-def keep(decode: Callable, image_size: int, folder: pathlib.Path, prefix: str, key: str) -> torch.Tensor:
-    """Decode straight into the memory map of the file that is kept, so that no set has to fit into memory. Files of the
-    data set's earlier contents are removed."""
+def decode_to_file(decode: Callable, image_size: int, folder: pathlib.Path, prefix: str, key: str) -> torch.Tensor:
+    """Decode a data set into the memory-mapped file {prefix}{key}.npy: it need not fit into memory.
+    Files of the same prefix and another key, which hold the data set's earlier contents, are removed."""
     def write(temporary: pathlib.Path) -> None:
         def allocate(*shape: int) -> np.ndarray:
-            array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash once the map is written
+            array = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, a crash once the map is written
                 with open(temporary, "rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
             return array
@@ -122,51 +132,53 @@ def keep(decode: Callable, image_size: int, folder: pathlib.Path, prefix: str, k
     return map_array(path)
 
 
-# ----------------------------------------------------------------------------------- a folder or .zip of images
-# A data set is a function of `root` that finds or downloads its files. It returns what identifies their contents, and
-# decode(image_size, allocate), which fills the uint8 array that allocate(N, C, H, W) makes.
+# ------------------------------------------------------------- a folder or .zip of images
+# A data set is a function of `root` that finds or downloads its files. It returns what identifies their
+# contents, and decode(image_size, allocate), which fills the uint8 array that allocate(N, C, H, W) makes.
 def image_files(path: pathlib.Path, crop: int | None = None) -> tuple[object, Callable]:
-    """The images in a directory (recursively) or a .zip, in the order of their names. crop: side of the central square
-    that is cut out before resizing; None: the largest that fits."""
+    """The images in a directory (recursively) or a .zip, in the order of their names.
+    crop: the central square's side in pixels before resizing; None: the largest that fits."""
     if not os.path.exists(path):
         raise UserError(f"no such folder or file: {path}; give --data-dir a directory or a .zip of images")
     packed = not os.path.isdir(path)
     try:
-        if packed:
-            with zipfile.ZipFile(path) as archive:  # read by entry, of which two may have one name
-                found = [(e.filename, e.CRC, e) for e in archive.infolist() if not e.is_dir()]
-        else:
-            found = list_folder(path)
+        entries = list_zip(path) if packed else list_folder(path)
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"cannot read {path}: {reason(error)}; give --data-dir images or a .zip of them") from None
-    found = [f for f in sorted(found, key=lambda f: f[0]) if not is_hidden(f[0])]
-    files = [f for f in found if ending(f[0]) in EXTENSIONS]
-    others = collections.Counter(ending(name) for name, *_ in found if ending(name) not in EXTENSIONS)
-    if not files:
+    entries = sorted((e for e in entries if not is_hidden(e[0])), key=lambda e: e[0])
+    images = [e for e in entries if ending(e[0]) in EXTENSIONS]
+    others = collections.Counter(ending(e[0]) for e in entries if ending(e[0]) not in EXTENSIONS)
+    if not images:
         raise UserError(f"no images in {path} (looked for {', '.join(sorted(EXTENSIONS))})")
 
     def decode(image_size: int, allocate: Callable[..., np.ndarray]) -> None:
-        out = allocate(len(files), 3, image_size, image_size)
+        out = allocate(len(images), 3, image_size, image_size)
         with zipfile.ZipFile(path) if packed else contextlib.nullcontext() as archive:
-            def one(i: int) -> None:
-                name, _, entry = files[i]
-                with io.BytesIO(archive.read(entry)) if packed else open(path / name, "rb") as file:
-                    out[i] = read_image(file, crop, image_size).transpose(2, 0, 1)
+            def decode_one(i: int) -> None:
+                name, _, info = images[i]
+                with io.BytesIO(archive.read(info)) if packed else open(path / name, "rb") as file:
+                    out[i] = read_image(file, crop, size=image_size).transpose(2, 0, 1)
 
-            failures = in_threads(one, len(files))  # Pillow decodes without the interpreter's lock
+            failures = in_threads(decode_one, len(images))  # Pillow decodes without the interpreter's lock
         if failures:
-            raise unreadable(f"of {len(files)} images in {path}", [(files[i][0], why) for i, why in failures])
-        passed_over = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
-        print(f"{path}: {len(files)} images taken; files passed over: {passed_over or 'none'}", file=sys.stderr)
+            raise unreadable(f"of {len(images)} images in {path}", [(images[i][0], why) for i, why in failures])
+        counts = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items())) or "none"
+        print(f"{path}: {len(images)} images taken; files passed over: {counts}", file=sys.stderr)
 
-    return (crop, [f[:2] for f in files]), decode
+    return (crop, [(name, stamp) for name, stamp, _ in images]), decode
+
+
+def list_zip(path: pathlib.Path) -> list[tuple[str, int, zipfile.ZipInfo]]:
+    """Every file in a .zip: name, checksum, and the entry to read it by (two may have one name)."""
+    with zipfile.ZipFile(path) as archive:
+        return [(info.filename, info.CRC, info) for info in archive.infolist() if not info.is_dir()]
 
 
 def list_folder(folder: pathlib.Path) -> list[tuple[str, tuple[int, int], None]]:
-    """Every file below a folder that is not hidden: name, (size, time), None. Links are followed, and a folder that
-    several of them lead to is read once. Raises UserError that names what cannot be read."""
-    files, seen, bad = [], set(), []
-    for directory, subfolders, names in os.walk(folder, onerror=bad.append, followlinks=True):
+    """Every file below a folder that is not hidden: name, (size, time), None. Links are followed; a folder
+    that several of them lead to is read once. Raises UserError: files that cannot be read (named)."""
+    files, seen, errors = [], set(), []
+    for directory, subfolders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         subfolders[:] = sorted(s for s in subfolders if not is_hidden(s))
         if os.path.realpath(directory) in seen:
             subfolders.clear()
@@ -175,42 +187,46 @@ def list_folder(folder: pathlib.Path) -> list[tuple[str, tuple[int, int], None]]
         for path in (os.path.join(directory, n) for n in names if not is_hidden(n)):
             try:
                 status = os.stat(path)  # of a link to nothing, an error
-                files.append((os.path.relpath(path, folder), (status.st_size, status.st_mtime_ns), None))
+                stamp = (status.st_size, status.st_mtime_ns)
+                files.append((os.path.relpath(path, folder), stamp, None))
             except OSError as error:
-                bad.append(error)
-    if bad:
-        raise unreadable(f"files and folders in {folder}", sorted((e.filename, e.strerror) for e in bad))
+                errors.append(error)
+    if errors:
+        raise unreadable(f"files and folders in {folder}", sorted((e.filename, e.strerror) for e in errors))
     return files
 
 
-def is_hidden(name: str) -> bool:
-    return any(part in NO_IMAGES or part.startswith(".") and part.strip(".") for part in name.split("/"))
+def is_hidden(path: str) -> bool:
+    """Whether a name on the path begins with a dot (but . and ..) or is one of NO_IMAGES."""
+    return any(name in NO_IMAGES or name.startswith(".") and name.strip(".") for name in path.split("/"))
 
 
 def ending(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without an ending"
 
 
-def unreadable(what: str, bad: Sequence[tuple[str, str]]) -> UserError:
-    """The error that names the first ten of the files `bad`, (name, why)."""
-    named = "; ".join(f"{name} ({why})" for name, why in bad[:10]) + ("; ..." if len(bad) > 10 else "")
-    return UserError(f"cannot read {len(bad)} {what}: {named}; mend or remove them")
+def unreadable(what: str, failures: Sequence[tuple[str, str]]) -> UserError:
+    """The error that names the first ten of the files that failed, (name, why)."""
+    named = "; ".join(f"{name} ({why})" for name, why in failures[:10])
+    more = "; ..." if len(failures) > 10 else ""
+    return UserError(f"cannot read {len(failures)} {what}: {named}{more}; mend or remove them")
 
 
 def read_image(file: BinaryIO, crop: int | None, size: int) -> np.ndarray:
-    """The central square of an image, upright, on white where it is transparent: uint8 [size, size, 3]."""
+    """The central square of an image, upright, on white where it is transparent: uint8 [size, size, 3].
+    Raises ValueError: an unknown format, an image smaller than `crop`, grey values of no known range."""
     try:
         image = Image.open(file)
     except UnidentifiedImageError:
-        raise ValueError("not in a format that Pillow reads") from None  # Pillow's message would name a BytesIO
+        raise ValueError("not in a format that Pillow reads") from None  # Pillow's message names a BytesIO
     if crop is None:
-        image.draft(None, (2 * size, 2 * size))  # a large JPEG: decoded at 1/2, 1/4 or 1/8, as long as that is enough
+        image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
     ImageOps.exif_transpose(image, in_place=True)  # a camera held sideways says so in the file
     side = crop or min(image.size)
     if min(image.size) < side:
         raise ValueError(f"{image.size[0]}x{image.size[1]} is smaller than the crop of {side}x{side}")
     left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
-    image = image.crop((left, top, left + side, top + side))  # first of all: the steps below copy what there is
+    image = image.crop((left, top, left + side, top + side))  # before the steps below, each of which copies the image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(to_bytes(np.asarray(image)))
     elif image.has_transparency_data:
@@ -220,22 +236,24 @@ def read_image(file: BinaryIO, crop: int | None, size: int) -> np.ndarray:
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
-    """Grey values of 16 or 32 bits, scaled to uint8 by their range: to 2^16 - 1, to 2^31 - 1 or, of floats, to 1."""
+    """Grey values of 16 or 32 bits as uint8. Their range is 0 to 2^16 - 1, to 2^31 - 1 or, of floats, to 1.
+    Raises ValueError: values outside that range."""
     low, high = values.min(), values.max()
-    # 32 bits often hold 16-bit values, in a PGM always
-    limit = 1 if values.dtype.kind == "f" else 2**16 - 1 if high < 2**16 else 2**31 - 1
+    limit = 2**16 - 1 if high < 2**16 else 2**31 - 1  # 32 bits often hold 16; in a PGM always
+    if values.dtype.kind == "f":
+        limit = 1
     if not 0 <= low <= high <= limit:  # NaN fails too
         raise ValueError(f"its grey values are {low} to {high}; of {values.dtype}, 0 to {limit} can be scaled")
     return (values.astype(np.float32) * (255 / limit) + 0.5).astype(np.uint8)
 
 
 def in_threads(work: Callable[[int], None], count: int) -> list[tuple[int, str]]:
-    """Call work(i) for each i < count; (i, why) of each call that failed. The threads are daemons and look at a flag
-    before each call, so that a stop need not wait for them."""
+    """Call work(i) for each i < count, in a thread for each CPU; (i, why) of each call that failed.
+    The threads are daemons and look at a flag before each call, so that a stop does not wait for them."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     results, stopped = queue.SimpleQueue(), threading.Event()
 
-    def run(first: int) -> None:
+    def work_through(first: int) -> None:
         for i in range(first, count, threads):
             if stopped.is_set():
                 return
@@ -247,41 +265,44 @@ def in_threads(work: Callable[[int], None], count: int) -> list[tuple[int, str]]
 
     try:
         for first in range(threads):
-            threading.Thread(target=run, args=(first,), daemon=True).start()
+            threading.Thread(target=work_through, args=(first,), daemon=True).start()
         bar = tqdm(range(count), "decoding", unit="img", mininterval=0.5, dynamic_ncols=True)
-        return sorted(failure for _ in bar if (failure := results.get()))
+        ended = [results.get() for _ in bar]
+        return sorted(failure for failure in ended if failure is not None)
     finally:
         stopped.set()
 
 
 def celeba(root: pathlib.Path) -> tuple[object, Callable]:
-    """The folder or .zip of aligned CelebA images in `root` or `root`/celeba; downloaded where there is none."""
-    for path in (p / f"img_align_celeba{suffix}" for p in (root, root / "celeba") for suffix in ("", ".zip")):
-        if path.is_dir() or zipfile.is_zipfile(path):  # a .zip that was cut has lost its directory
-            return image_files(path, crop=108)
-    from torchvision.datasets import CelebA
-    from torchvision.datasets.utils import download_file_from_google_drive as fetch
-    file_id, md5, name = next(f for f in CelebA.file_list if f[2] == "img_align_celeba.zip")
+    """The folder or .zip of aligned CelebA images in `root` or `root`/celeba; downloaded if missing."""
+    name = "img_align_celeba.zip"
+    for folder in (root, root / "celeba"):
+        for path in (folder / "img_align_celeba", folder / name):
+            if path.is_dir() or zipfile.is_zipfile(path):  # a cut .zip has lost its directory
+                return image_files(path, crop=108)
+    file_id, md5 = next(listed[:2] for listed in CelebA.file_list if listed[2] == name)
     install = "" if importlib.util.find_spec("gdown") else "pip install gdown, or "
-    download("CelebA", f"Google Drive ({file_id})", root / name, lambda: fetch(file_id, root, name, md5),
-             f"{install}download {name} by hand from the CelebA page and put it into {root}")
+    download("CelebA", url=f"Google Drive ({file_id})", file=root / name,
+             fetch=lambda: utils.download_file_from_google_drive(file_id, root, filename=name, md5=md5),
+             advice=f"{install}download {name} by hand from the CelebA page and put it into {root}")
     return image_files(root / name, crop=108)
 
 
-# ------------------------------------------------------------------------------------------- official data sets
+# --------------------------------------------------------------------- official data sets
 def cifar10(root: pathlib.Path) -> tuple[object, Callable]:
     """cifar-10-batches-py: five pickles of uint8 [10000, 3072]; a subset may have fewer."""
     names = [f"data_batch_{i}" for i in range(1, 6)]
-    files = find(root / "cifar-10-batches-py", names) or unpack(root, "CIFAR10", names)
+    files = find(root / "cifar-10-batches-py", names) or unpack(root, CIFAR10, names)
 
     def decode(image_size: int, allocate: Callable[..., np.ndarray]) -> None:
-        batches = [read_batch(f) for f in files]
+        batches = [read_batch(file) for file in files]
         np.concatenate(batches, out=allocate(sum(map(len, batches)), 3, 32, 32))
 
     return stamps(files), decode
 
 
 def read_batch(path: pathlib.Path) -> np.ndarray:
+    """The images of one of CIFAR-10's pickles, uint8 [n, 3, 32, 32]."""
     try:
         with open(path, "rb") as file:
             batch = ArrayUnpickler(file, encoding="bytes").load()
@@ -290,103 +311,107 @@ def read_batch(path: pathlib.Path) -> np.ndarray:
             raise ValueError(f"{count} labels, images {data.dtype} {data.shape}")
         return data.reshape(-1, 3, 32, 32)
     except Exception as error:  # whatever a cut or foreign pickle raises
-        raise damaged(path, error, path.parent) from None  # all of it: four batches left would count as a subset
+        raise damaged(path, error, remove=path.parent) from None  # the other batches would pass as a subset
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads CIFAR-10's pickles, which hold numpy arrays; a pickle that asks for anything else is refused, not run."""
+    """Reads CIFAR-10's pickles of numpy arrays; a pickle that asks for anything else is refused, not run."""
 
     def find_class(self, module: str, name: str) -> object:
-        allowed = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-                   ("numeric", "_frombuffer")}
+        allowed = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"),
+                   ("_codecs", "encode"), ("numeric", "_frombuffer")}
         if (module.replace("numpy.core.", "").replace("numpy._core.", ""), name) not in allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
 
 
 def stl10(root: pathlib.Path) -> tuple[object, Callable]:
-    """stl10_binary/unlabeled_X.bin: images of 3x96x96 bytes, each colour plane column by column, no header."""
-    name = ["unlabeled_X.bin"]
-    files = find(root / "stl10_binary", name) or unpack(root, "STL10", name)
-    size = files[0].stat().st_size
+    """stl10_binary/unlabeled_X.bin: uint8 [N, 3, 96, 96] without a header, each plane column by column."""
+    names = ["unlabeled_X.bin"]
+    file, = find(root / "stl10_binary", names) or unpack(root, STL10, names)
+    size = file.stat().st_size
     if size == 0 or size % (3 * 96 * 96):
-        raise damaged(files[0], ValueError(f"{size} bytes are not a whole number of 96x96 images"))
+        raise damaged(file, ValueError(f"{size} bytes are not a whole number of 96x96 images"))
 
     def decode(image_size: int, allocate: Callable[..., np.ndarray]) -> None:
-        raw = np.memmap(files[0], np.uint8, "r").reshape(-1, 3, 96, 96)
+        raw = np.memmap(file, np.uint8, "r").reshape(-1, 3, 96, 96)
         out = allocate(len(raw), 3, image_size, image_size)
 
-        def one(i: int) -> None:
+        def decode_one(i: int) -> None:
             image = Image.fromarray(np.ascontiguousarray(raw[i].transpose(2, 1, 0)))
-            out[i] = np.asarray(image.resize(out.shape[2:], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            resized = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+            out[i] = np.asarray(resized).transpose(2, 0, 1)
 
-        for i, why in in_threads(one, len(raw)):
-            raise damaged(files[0], ValueError(f"image {i}: {why}"))
+        for i, why in in_threads(decode_one, len(raw)):
+            raise damaged(file, ValueError(f"image {i}: {why}"))
 
-    return stamps(files), decode
+    return stamps([file]), decode
 
 
 def mnist(root: pathlib.Path) -> tuple[object, Callable]:
-    """train-images-idx3-ubyte (or its .gz), as torchvision puts it, MNIST/raw, or in `root` itself."""
+    """train-images-idx3-ubyte or its .gz in `root`/MNIST/raw, where torchvision puts it, or in `root`."""
     name, folder = "train-images-idx3-ubyte.gz", root / "MNIST" / "raw"
-    files = [f for place in (folder, root) for f in find(place, [name.removesuffix(".gz"), name])][:1]
+    names = [name.removesuffix(".gz"), name]
+    files = find(folder, names) or find(root, names)
     if not files:
-        from torchvision.datasets import MNIST
-        from torchvision.datasets.utils import download_url
-        url, md5, files = MNIST.mirrors[0] + name, dict(MNIST.resources)[name], [folder / name]
-        download("MNIST", url, files[0], lambda: download_url(url, str(folder), name, md5),
-                 f"put {name} into {folder} by hand")
+        files = [folder / name]
+        url, md5 = MNIST.mirrors[0] + name, dict(MNIST.resources)[name]
+        download("MNIST", url=url, file=files[0],
+                 fetch=lambda: utils.download_url(url, str(folder), filename=name, md5=md5),
+                 advice=f"put {name} into {folder} by hand")
+    file = files[0]
 
     def decode(image_size: int, allocate: Callable[..., np.ndarray]) -> None:
         try:
-            with (gzip.open if files[0].suffix == ".gz" else open)(files[0], "rb") as file:
-                data = np.frombuffer(file.read(), np.uint8)
-            magic, count, height, width = np.frombuffer(data[:16].tobytes(), ">i4").tolist()
-            if magic != 0x803 or (height, width) != (28, 28) or len(data) != 16 + count * 784 or count == 0:
-                raise ValueError(f"{len(data)} bytes do not fit the header ({count} images of {height}x{width})")
+            data = file.read_bytes()
+            if file.suffix == ".gz":
+                data = gzip.decompress(data)
+            magic, count, *size = np.frombuffer(data, ">i4", count=4).tolist()
+            if magic != 0x803 or size != [28, 28] or len(data) != 16 + count * 784 or count == 0:
+                raise ValueError(f"{len(data)} bytes do not fit the header ({count} images of {size[0]}x{size[1]})")
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise damaged(files[0], error) from None
-        allocate(count, 1, 28, 28)[:] = data[16:].reshape(count, 1, 28, 28)
+            raise damaged(file, error) from None
+        allocate(count, 1, 28, 28)[:] = np.frombuffer(data, np.uint8, offset=16).reshape(-1, 1, 28, 28)
 
-    return stamps(files), decode
+    return stamps([file]), decode
 
 
 SOURCES = {"cifar10": cifar10, "stl10": stl10, "mnist": mnist, "celeba": celeba, "folder": image_files}
 
 
 def find(folder: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]:
-    return [folder / n for n in names if os.path.isfile(folder / n)]
+    """The files of these names that are in a folder."""
+    return [folder / name for name in names if os.path.isfile(folder / name)]
 
 
 def stamps(files: Sequence[pathlib.Path]) -> object:
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    """What identifies the contents of files: names, sizes and times."""
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def damaged(path: pathlib.Path, error: BaseException, remove: pathlib.Path | None = None) -> UserError:
-    return UserError(f"{path} is damaged or cut off: {reason(error)}; remove {remove or 'it'}, and the next start "
-                     "downloads it anew")
+    return UserError(f"{path} is damaged or cut off: {reason(error)}; "
+                     f"remove {remove or 'it'}, and the next start downloads it anew")
 
 
-def unpack(root: pathlib.Path, title: str, names: Sequence[str]) -> list[pathlib.Path]:
-    """Download one of torchvision's archives into `root`, check its md5 and unpack it, whole or not at all."""
-    import torchvision.datasets
-    from torchvision.datasets.utils import download_url, extract_archive
-    official = getattr(torchvision.datasets, title)
+def unpack(root: pathlib.Path, official: type, names: Sequence[str]) -> list[pathlib.Path]:
+    """Download the archive of a data set of torchvision into `root`, check it, unpack it whole or not at all."""
     archive, folder = root / official.filename, root / official.base_folder
-    download(title, official.url, archive,
-             lambda: download_url(official.url, str(root), official.filename, official.tgz_md5),
-             f"download it by hand and put {archive.name} into {root}")
+    url, md5 = official.url, official.tgz_md5
+    download(official.__name__, url=url, file=archive,
+             fetch=lambda: utils.download_url(url, str(root), filename=archive.name, md5=md5),
+             advice=f"download it by hand and put {archive.name} into {root}")
     with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as temporary:
-        extract_archive(str(archive), temporary)
+        utils.extract_archive(str(archive), temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(pathlib.Path(temporary, official.base_folder), folder)
     return find(folder, names)
 
 
 def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[], None], advice: str) -> None:
-    """Run `fetch`, which makes `file`. Whatever goes wrong becomes one line, and a wrong file is removed, so that the
-    next start fetches it anew. A connection that stands still for half a minute counts as broken."""
-    patience = socket.getdefaulttimeout()
+    """Run `fetch`, which makes `file`. A connection that stands still for half a minute is broken.
+    Raises UserError: what went wrong, and `advice`. A wrong file is removed."""
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -399,4 +424,41 @@ def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[], None]
         raise UserError(f"cannot download {title} from {url}: {what}: {reason(error)}; try again, or {advice}"
                         ) from None
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
+
+
+# ----------------------------------------------------------------------- generated images
+def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str) -> None:
+    """Write `count` generated images: one uint8 array [N, H, W, C] if `out` ends in .npy, one grid if it
+    ends in .png, else a PNG each in the folder `out`. sample: maps n to n new images, uint8 [n, C, H, W].
+    Raises UserError: another picture's ending, a folder that is not empty or cannot be written."""
+    path = pathlib.Path(out).expanduser()
+    one_file = path.suffix in (".npy", ".png")
+    if not one_file and path.suffix.lower() in Image.registered_extensions():
+        raise UserError(f"--out {out}: a grid's name ends in .png")
+    try:
+        (path.parent if one_file else path).mkdir(parents=True, exist_ok=True)
+        if one_file:
+            open(path, "ab").close()  # a file that cannot be written is an error before the work
+        elif any(path.iterdir()):
+            raise UserError(f"{path} is not empty: choose another --out")
+        images = []
+        for start in tqdm(range(0, count, 100), "generating", dynamic_ncols=True):
+            batch = sample(min(100, count - start)).cpu()
+            if one_file:
+                images.append(batch)
+            else:
+                for i, image in enumerate(batch, start):
+                    to_picture(image).save(path / f"{i:06d}.png")
+        if path.suffix == ".npy":
+            np.save(path, torch.cat(images).permute(0, 2, 3, 1).numpy())
+        elif one_file:
+            to_picture(make_grid(torch.cat(images), nrow=max(1, round(count**0.5)))).save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}; choose another --out") from None
+    print(f"{count} images in {path}")
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """A Pillow image of uint8 [C, H, W], C = 1 or 3."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())

@@ -23,7 +23,6 @@ from PIL import Image
 
 from common import UserError, datasets, write_atomically
 
-
 FORK = multiprocessing.get_context("fork")
 
 
@@ -32,7 +31,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-# ------------------------------------------------------------------------------------------------------ formats
+# -------------------------------------------------------------------------------- formats
 def test_cifar10(tmp_path):
     images = make_data.cifar10(tmp_path)
     loaded = datasets.load("cifar10", tmp_path, 32)
@@ -111,7 +110,7 @@ def test_a_zip_is_its_folder(tmp_path):
     assert np.array_equal(datasets.load("folder", archive, 32).permute(0, 2, 3, 1).numpy(), make_data.pictures(5))
 
 
-# ------------------------------------------------------------------------------------------------ kinds of images
+# ------------------------------------------------------------------------ kinds of images
 RAMP = np.linspace(0, 1, 32 * 32).reshape(32, 32)
 DEEP = {
     "16.png": (RAMP * 65535).astype(np.uint16), "16.tif": (RAMP * 65535).astype(np.uint16),
@@ -232,7 +231,7 @@ def test_as_many_threads_as_may_run(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 32)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7})
 
-    def read(*arguments):
+    def read(file, crop, size):
         seen.add(threading.get_ident())
         time.sleep(0.01)
         return np.zeros((32, 32, 3))
@@ -266,14 +265,14 @@ def test_a_stop_while_decoding(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-# -------------------------------------------------------------------------------------------------------- caches
+# --------------------------------------------------------------------------------- caches
 def test_decoded_once(tmp_path, monkeypatch):
     archive = make_data.image_zip(tmp_path / "photos.zip", 5)
     first = datasets.load("folder", archive, 32).clone()  # not over the file that is cut below
     cached = list(tmp_path.glob(".photos-32px-*.npy"))
     assert len(cached) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "keep", None)
+        patch.setattr(datasets, "decode_to_file", None)
         assert torch.equal(datasets.load("folder", archive, 32), first)
     cached[0].write_bytes(cached[0].read_bytes()[:1000])  # a cache that was cut is decoded anew
     assert torch.equal(datasets.load("folder", archive, 32), first)
@@ -294,7 +293,7 @@ def test_data_in_a_read_only_place(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))  # root may write anywhere
     datasets.load("folder", archive, 32)
     assert not list(tmp_path.glob(".photos*.npy")) and list((tmp_path / "cache/gan-reference").glob("*/.photos*.npy"))
-    monkeypatch.setattr(datasets, "keep", None)
+    monkeypatch.setattr(datasets, "decode_to_file", None)
     assert len(datasets.load("folder", archive, 32)) == 5
 
 
@@ -304,7 +303,7 @@ def test_a_second_start_of_20000_images_is_quick(tmp_path, monkeypatch):
             archive.writestr(f"{i:05d}.png", b"")
     monkeypatch.setattr(datasets, "read_image", lambda file, crop, size: np.zeros((8, 8, 3), np.uint8))
     assert datasets.load("folder", tmp_path / "photos.zip", 8).shape == (20000, 3, 8, 8)
-    monkeypatch.setattr(datasets, "keep", None)
+    monkeypatch.setattr(datasets, "decode_to_file", None)
     start = time.process_time()
     images = datasets.load("folder", tmp_path / "photos.zip", 8)
     images[torch.randint(20000, (64,))]
@@ -317,10 +316,10 @@ def test_two_decoders_with_one_process_id(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 7)
     read, inner = datasets.read_image, []
 
-    def read_and_start_another(*arguments):
+    def read_and_start_another(file, crop, size):
         monkeypatch.setattr(datasets, "read_image", read)
         inner.append(datasets.load("folder", folder, 32))  # begins after the first has begun, ends before it ends
-        return read(*arguments)
+        return read(file, crop, size)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     monkeypatch.setattr(datasets, "read_image", read_and_start_another)
@@ -358,7 +357,7 @@ def test_changed_images_replace_what_was_kept(tmp_path, monkeypatch):
     """The old file goes; those of another size and of another archive stay, also in the cache folder."""
     first, other = (make_data.image_zip(tmp_path / name, 3) for name in ("a [1].zip", "a [1]-32px-x.zip"))
     for writable in (True, False):
-        monkeypatch.setattr(os, "access", lambda path, mode: writable)
+        monkeypatch.setattr(os, "access", lambda path, mode, writable=writable: writable)
         datasets.load("folder", first, 32)
         datasets.load("folder", first, 16)
         datasets.load("folder", other, 32)
@@ -389,10 +388,10 @@ def test_the_home_folder(tmp_path, monkeypatch):
 
 def load_as_process(rank, folder, meeting, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    keep, kept = datasets.keep, []
-    datasets.keep = lambda *arguments: kept.append(1) or keep(*arguments)
+    decode, decodings = datasets.decode_to_file, []
+    datasets.decode_to_file = lambda *args, **kwargs: decodings.append(1) or decode(*args, **kwargs)
     images = datasets.load("folder", folder, 32).numpy().copy()
-    results.put((rank, images, len(kept)))
+    results.put((rank, images, len(decodings)))
     torch.distributed.barrier()
 
 
@@ -405,11 +404,11 @@ def test_two_processes_decode_once(tmp_path):
     received = sorted((results.get() for _ in processes), key=lambda r: r[0])
     for process in processes:
         process.join()
-    assert [kept for *_, kept in received] == [1, 0]
+    assert [decodings for *_, decodings in received] == [1, 0]
     assert all(np.array_equal(images.transpose(0, 2, 3, 1), make_data.pictures(4)) for *_, images, _ in received)
 
 
-# -------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("name,size,words", [
     ("folder", 32, ["no such folder", "nowhere"]), ("cifar10", 48, ["--image-size 48", "32x32"]),
     ("imagenet", 32, ["unknown data set imagenet", "cifar10"])])
@@ -519,7 +518,7 @@ def test_a_cifar_pickle_that_runs_code_is_refused(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- downloads
+# ------------------------------------------------------------------------------ downloads
 @pytest.fixture
 def server():
     """A local HTTP server: server.files maps a path to its bytes; server.cut, how many of them it sends."""
@@ -609,12 +608,12 @@ def test_no_connection(tmp_path, monkeypatch):
 
 def test_celeba_without_network(tmp_path, monkeypatch):
     """The whole of gdown's message, whose first line says nothing, and no advice to install what is installed."""
-    def refuse(*arguments):
+    def refuse(*arguments, **settings):
         raise RuntimeError("Failed to retrieve file url:\n\n\tToo many users have viewed it.\n\nOpen it by hand.\n")
 
     monkeypatch.setattr(torchvision.datasets.utils, "download_file_from_google_drive", refuse)
     for installed in (None, "gdown"):
-        monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: installed)
+        monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name, found=installed: found)
         with pytest.raises(UserError, match="CelebA .*Too many users.*img_align_celeba.zip by hand") as error:
             datasets.load("celeba", tmp_path, 64)
         assert ("pip install gdown" in str(error.value)) == (not installed) and "\n" not in str(error.value)

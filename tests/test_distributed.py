@@ -11,7 +11,7 @@ import pytest
 import torch
 from launcher import ROOT, Process, run, start_together, wait_for
 from make_runs import arguments, checkpoint, photos, same_checkpoints, scalars
-from scripts import each, each_case
+from scripts import each, each_case, model
 from steps import vector
 
 import common
@@ -35,7 +35,8 @@ def iterate(script, count, setting, iterations, folder, *plain):
     """What `count` processes have after some iterations, see one_process.py; count 1: one alone, without torchrun."""
     folder = folder / str(count)
     folder.mkdir()
-    given = ["tests/helpers/one_process.py", script.SCRIPT, json.dumps({**TINY, **setting}), iterations, folder, *plain]
+    given = ["tests/helpers/one_process.py", script.SCRIPT, model(script), json.dumps({**TINY, **setting}), iterations,
+             folder, *plain]
     finish(start_together(count, *given) if count > 1 else [Process(*given)])
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
@@ -70,8 +71,8 @@ def test_processes_agree_with_one_of_the_whole_mini_batch(script, case, tmp_path
             assert mean.item() == pytest.approx(losses[name].item(), rel=1e-4, abs=1e-6), (t, name)
     ours, theirs = several[0]["networks"], alone["networks"]
     if manifolds:
-        for name in ("centroid_real", "centroid_fake"):
-            torch.testing.assert_close(ours[f"spheres.{name}"], theirs[f"spheres.{name}"], rtol=1e-4, atol=1e-5)
+        for name in ("real_centroid", "fake_centroid"):
+            torch.testing.assert_close(ours[f"averages.{name}"], theirs[f"averages.{name}"], rtol=1e-4, atol=1e-5)
     else:
         torch.testing.assert_close(vector(ours), vector(theirs), rtol=1e-4, atol=1e-5)
 

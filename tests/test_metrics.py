@@ -1,4 +1,4 @@
-"""common.metrics: every score against torch-fidelity's own, several processes, the figure of runs."""
+"""common.metrics: every score against torch-fidelity's own, several processes. common.figure: the figure of runs."""
 import json
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ import torch_fidelity
 from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from common import UserError, metrics
+from common import UserError, figure, metrics
 
 FORK = multiprocessing.get_context("fork")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def test_scores_are_torch_fidelitys(weights, monkeypatch, capfd):
 
     monkeypatch.setattr(metrics.Evaluator, "features", features)
     evaluator = metrics.Evaluator(real, 10_000, str(weights), "cpu")  # all 16, since there are no more
-    capfd.readouterr()
+    assert "FID of 16 real images is biased" in capfd.readouterr().err
     ours = evaluator.score(in_turn(fake), 12, batch_size=5)
     seen = torch.cat(seen)
     basis = torch.linalg.qr(seen.T).Q  # [2048, 28]: in its coordinates the same distance, found sooner
@@ -141,10 +141,10 @@ def test_a_stop_while_scoring(quick):
 
 
 def test_features_that_were_cut_are_made_anew(quick, tmp_path):
-    before = quick(images(10)).real
+    before = quick(images(10)).real_features
     cached, = tmp_path.glob("cache/gan-reference/inception-10-*.f32")
     cached.write_bytes(cached.read_bytes()[:-4])
-    assert torch.equal(quick(images(10)).real, before) and cached.stat().st_size == 10 * 2048 * 4
+    assert torch.equal(quick(images(10)).real_features, before) and cached.stat().st_size == 10 * 2048 * 4
 
 
 def score_as_process(rank, evaluate, fake, meeting, results):
@@ -169,7 +169,7 @@ def test_two_processes_score_as_one(quick, tmp_path):
     expected = quick(real).score(in_turn(joined), 31)
     expected |= {k: v for k, v in quick(real).score(in_turn(torch.cat([fake[:13], fake[16:28]])), 25).items()
                  if k.startswith("is")}
-    for rank, scores, asked in received:
+    for _, scores, asked in received:
         assert scores == pytest.approx(expected, rel=1e-5) and asked == 2
     assert received[0][1] == received[1][1]
 
@@ -190,7 +190,7 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
         assert "\n" not in str(error.value) and len(str(error.value)) < 600
     monkeypatch.setattr(metrics, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights.pth")
     for hub, why in (tmp_path / "hub", "no connection"), (pathlib.Path("/dev/null/hub"), "Not a directory"):
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
+        monkeypatch.setattr(torch.hub, "get_dir", lambda hub=hub: str(hub))
         with pytest.raises(UserError, match=f"cannot download the Inception weights.*{why}.*--inception-weights FILE "
                                             r"\(training alone can go without scores: --eval-every 0\)"):
             metrics.Evaluator(images(4), 4, None, "cpu")
@@ -201,7 +201,7 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
     assert not (tmp_path / "hub/checkpoints/weights.pth").exists()
 
 
-# ------------------------------------------------------------------------------------------ the figure of a score
+# ------------------------------------------------------------------ the figure of a score
 def make_run(folder, scores):
     folder.mkdir(parents=True)
     lines = [json.dumps({"iteration": i, "fid": score, "kid_mean": score / 100}) + "\n" for i, score in scores.items()]
@@ -213,7 +213,7 @@ def test_the_figure_as_a_program(tmp_path):
     """With a notebook's backend in the environment, whose module is missing; 150 dpi."""
     run = make_run(tmp_path / "a", {100: 50.0, 200: 40.0})
     done = subprocess.run(
-        [sys.executable, "-m", "common.metrics", run, f"b={run}", "--out", tmp_path / "x.png"], cwd=ROOT,
+        [sys.executable, "-m", "common.figure", run, f"b={run}", "--out", tmp_path / "x.png"], cwd=ROOT,
         env={**os.environ, "MPLBACKEND": "module://missing_inline"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     picture = Image.open(tmp_path / "x.png")
@@ -231,10 +231,10 @@ def test_what_the_figure_shows(tmp_path, monkeypatch):
         shown["bands"].append((list(low), list(high))), fill(self, x, low, high, **k)][1])
     one = make_run(tmp_path / "one", {100: 50.0, 200: 40.0, 300: 30.0})
     two = make_run(tmp_path / "lr=2", {100: 70.0, 200: 20.0})
-    metrics.draw([f"GAN={one}", f"GAN={two}", str(two)], tmp_path / "x.pdf", "fid")
+    figure.draw([f"GAN={one}", f"GAN={two}", str(two)], tmp_path / "x.pdf", "fid")
     assert shown["lines"] == [("GAN (mean and range of 2 runs)", [100, 200], [60, 30]), ("lr=2", [100, 200], [70, 20])]
     assert shown["bands"][0] == ([50, 20], [70, 40]) and (tmp_path / "x.pdf").stat().st_size > 1000
-    metrics.draw([str(one)], tmp_path / "x.png", "kid_mean")
+    figure.draw([str(one)], tmp_path / "x.png", "kid_mean")
     assert shown["lines"][-1] == ("one", [100, 200, 300], [0.5, 0.4, 0.3])
 
 
@@ -250,5 +250,5 @@ def test_figures_that_cannot_be_drawn(tmp_path, monkeypatch, runs, out, key, wor
     make_run(tmp_path / "b", {200: 50.0})
     (make_run(tmp_path / "cut", {}) / "metrics.jsonl").write_text('{"iteration": 1, "fi')
     with pytest.raises(UserError, match=words) as error:
-        metrics.draw(runs, pathlib.Path(out), key)
+        figure.draw(runs, pathlib.Path(out), key)
     assert "\n" not in str(error.value)

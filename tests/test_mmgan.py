@@ -48,12 +48,12 @@ def slow_distance(y, x, alpha, name, w):
 @pytest.mark.parametrize("name", KERNELS)
 @every
 def test_kernel(script, name):
-    a, b = points(4, seed=1).detach(), points(3, seed=2).detach()
+    a, b = points(4, seed=1).detach(), points(4, seed=2).detach()
     values = script.kernel(a, b, name, 1.7)
-    assert values.shape == (4, 3)
-    expected = [[slow_kernel(u, v, name, 1.7) for v in b.double().numpy()] for u in a.double().numpy()]
+    expected = [slow_kernel(u, v, name, 1.7) for u, v in zip(a.double().numpy(), b.double().numpy())]
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5)
-    assert script.kernel(a.expand(2, 4, 7), b, name, 1.7).shape == (2, 4, 3)
+    assert torch.equal(script.kernel(a.expand(2, 4, 7), b, name, 1.7), values.expand(2, 4))
+    assert script.kernel(a[0], b[0], name, 1.7) == values[0]  # of two points
 
 
 @every
@@ -147,19 +147,17 @@ def test_cross_entropy(script):
 @every
 def test_automatic_width_keeps_the_kernel_from_saturating(script, name, low, high):
     """Whatever the features' scale and number, the mean of K between them and their centroid is about e^-1/2, also by
-    `auto` where both sets are alike; between the centroids of sets however far from each other it is at least e^-4."""
+    default where both sets are alike; between the centroids of sets however far from each other it is at least e^-4."""
     args = script.resolve(script.Args(kernel=name))
-    spheres = script.Spheres(args)
     for d, scale in ((4, 0.01), (2000, 30.0)):
         y = points(64, d, scale=scale).detach()
         width = script.typical_width(y, name)
-        assert low < script.kernel(y, y.mean(0, keepdim=True), name, width).mean() < high
+        assert low < script.kernel(y, y.mean(0), name, width).mean() < high
         for distance in (0.0, 1e3 * scale):
             x = points(64, d, seed=1, scale=scale).detach() + distance
-            spheres.centroid_real = spheres.centroid_fake = torch.zeros(d)
-            width = script.match_manifolds(args, spheres, y, x)[0]["kernel_width"]
-            near = script.kernel(y, y.mean(0, keepdim=True), name, width).mean()
-            between = script.kernel(y.mean(0)[None], x.mean(0)[None], name, width)
+            width = script.MovingAverages(d).with_batch(args, y, x).kernel_width
+            near = script.kernel(y, y.mean(0), name, width).mean()
+            between = script.kernel(y.mean(0), x.mean(0), name, width)
             assert low < near < high if not distance else between > math.exp(-4.1), (near, between)
     assert script.typical_width(y, "poly").item() == pytest.approx(y.square().sum(1).mean().item())
 
@@ -186,6 +184,14 @@ def test_dcgan_networks(script, dataset, sides):
     assert discriminator.features(x).shape == (2, 512, sides[0], sides[0])
     images = generator(torch.rand(4, 100))
     assert -1 <= images.min() and images.max() <= 1
+
+
+@pytest.mark.parametrize("width", [1.0, 1 / 64])
+@each("mmgan_dcgan")
+def test_the_last_layer_alone_has_a_bias(script, width):
+    """However few channels the layers before it have: those come before batch norm."""
+    ups = script.Generator(script.resolve(script.Args(width=width))).ups
+    assert [up.bias is not None for up in ups] == [False, False, False, True]
 
 
 @each("mmgan_dcgan")
@@ -384,8 +390,8 @@ def test_averages_against_a_sequence_by_hand(script, kernel, monkeypatch):
         step(noise(args, seed))
         z = script.draw_latents(len(noise(args)), args, draws)
         with torch.no_grad():
-            y = features(args, networks, scaled(script, noise(args, seed)))
-            x = features(args, networks, networks["generator"](z))
+            y = features(networks, scaled(script, noise(args, seed)))
+            x = features(networks, networks["generator"](z))
         width = torch.ones(())
         if kernel == "rbf":
             width = sum((s - s.mean(0)).square().sum(1).mean() for s in (y, torch.cat([y, x]))) / 2
@@ -394,14 +400,14 @@ def test_averages_against_a_sequence_by_hand(script, kernel, monkeypatch):
         mini = {"kernel_width": width}
         for side, s in (("real", y), ("fake", x)):
             c, r = slow_manifold(s.double().numpy(), kernel, width.double().numpy())
-            mini |= {f"centroid_{side}": torch.tensor(c), f"radius_{side}": torch.tensor(r)}
+            mini |= {f"{side}_centroid": torch.tensor(c), f"{side}_radius": torch.tensor(r)}
         if expected is None:
             expected = mini
         else:
             expected = {k: 0.9 * expected[k] + 0.1 * v if k != "kernel_width" else v for k, v in mini.items()}
         for name, value in expected.items():
-            torch.testing.assert_close(getattr(networks["spheres"], name).double(), value.double(), rtol=1e-3,
-                                       atol=1e-5)
+            ours = networks["averages"].get_buffer(name).double()
+            torch.testing.assert_close(ours, value.double(), rtol=1e-3, atol=1e-5)
 
 
 @every
@@ -410,12 +416,12 @@ def test_only_the_mini_batch_moves_the_generator(script):
     radius, and none reaches the history."""
     args, networks, step = setup(script, kernel="linear", delta=0.75)
     step()
-    spheres = networks["spheres"]
-    assert spheres.decay == 0.75 and not any(b.requires_grad for b in spheres.buffers())
-    f = points(6, len(spheres.centroid_fake)).detach().requires_grad_()
-    y = points(6, len(spheres.centroid_fake), seed=2).detach()
-    gradient, = torch.autograd.grad(script.match_manifolds(args, spheres, y, f)[1]["radius_fake"], f)
-    alone, = torch.autograd.grad(script.manifold(f, "linear")[1], f)
+    averages = networks["averages"]
+    assert averages.decay == 0.75 and not any(b.requires_grad for b in averages.buffers())
+    f = points(6, len(averages.fake_centroid)).detach().requires_grad_()
+    y = points(6, len(averages.fake_centroid), seed=2).detach()
+    gradient, = torch.autograd.grad(averages.with_batch(args, y, f).fake.radius, f)
+    alone, = torch.autograd.grad(script.manifold(f, "linear").radius, f)
     torch.testing.assert_close(gradient, 0.25 * alone)
 
 
@@ -437,22 +443,18 @@ def test_igan_defaults(script):
     """The paper's setting, and the originals'; a flag given by hand wins."""
     for dataset, num_is in (("cifar10", 50000), ("folder", None)):
         args = script.resolve(script.Args(dataset=dataset))
-        assert (args.kernel, args.alpha, args.beta, args.generator_steps, args.num_is) == ("exp", 1, 0.1, None, num_is)
+        assert (args.kernel, args.alpha, args.beta, args.num_is) == ("exp", 1, 0.1, num_is)
     args = script.resolve(script.Args(kernel="rbf", beta=0.0, num_is=77))
     assert (args.kernel, args.beta, args.num_is) == ("rbf", 0.0, 77)
     assert (args.batch_size, args.lr, args.beta1, args.beta2, args.epochs) == (100, 3e-4, 0.5, 0.999, 1200)
-    args = script.resolve(script.Args(baseline="minibatch"))
-    assert (args.generator_steps, args.historical_averaging, args.label_smoothing) == (3, 1.0, 0.1)
-    assert script.resolve(script.Args(baseline="feature-matching")).generator_steps == 1
+    assert (args.historical_averaging, args.label_smoothing) == (1.0, 0.1)
     for baseline, eps in ((None, 1e-8), ("minibatch", 1e-4), ("feature-matching", 1e-4)):
         args = script.resolve(script.Args(baseline=baseline))
         assert (args.manifold_scale, args.manifold_in_discriminator) == ("width", False)
-        assert args.features == "map"
         networks = script.init_networks(dataclasses.replace(args, width=0.05), CPU)
         optimizers = script.init_optimizers(args, networks)
         assert {name: o.param_groups[0]["eps"] for name, o in optimizers.items()} == {"discriminator": 1e-4,
                                                                                       "generator": eps}
-    assert script.resolve(script.Args(baseline="minibatch", generator_steps=2)).generator_steps == 2
 
 
 @each("mmgan_igan")

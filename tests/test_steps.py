@@ -9,22 +9,24 @@ import reference_gngan
 import reference_mmgan
 import scripts
 import torch
-from steps import CPU, assert_same_course, noise, parts, plain_descent, setup, vector, weights
+from steps import CPU, assert_same_course, build, noise, plain_descent, setup, vector, weights
+
+from common import training
 
 GNGAN = [*({"neighbor_embedding": ne, "gradient_matching": gm, "autoencoder": ae}
            for ne in (True, False) for gm in (True, False) for ae in (True, False)),
          {"distgan": True}, {"hinge": True, "lambda_p": 0.5}, {"hinge": False}, {"autoencoder_updates": "encoder"},
-         {"autoencoder_updates": "separate"}, {"penalty": "l2"}, {"penalty": "score", "hinge": False},
+         {"penalty": "score", "hinge": False},
          {"hinge": True, "penalty": "rms"}, {"hinge": True, "autoencoder": False, "gradient_matching": False},
          {"hinge": False, "autoencoder": False, "lambda_p": 1.0}]
 MMGAN = [*({"kernel": k} for k in ("none", "linear", "poly", "rbf", "exp")), {"kernel": "rbf", "kernel_width": 3.0},
          {"kernel": "exp", "beta": 0.0, "delta": 0.5}, {"kernel": "rbf", "correlation_in_discriminator": True},
-         {"kernel": "rbf", "kernel_width": "real", "alpha": 0.0},
-         *({"kernel": "exp", "manifold_scale": scale, "manifold_in_discriminator": scale != "width"}
-           for scale in ("one", "width", "undamped"))]
+         {"kernel": "poly", "alpha": 0.0},
+         {"kernel": "exp", "manifold_scale": "one", "manifold_in_discriminator": True},
+         {"kernel": "exp", "manifold_scale": "width", "manifold_in_discriminator": False}]
 SETTINGS = {"gngan_cnn": GNGAN, "gngan_resnet": GNGAN,
             "mmgan_dcgan": MMGAN + [{"baseline": True}, {"baseline": True, "generator_steps": 2}],
-            "mmgan_igan": MMGAN + [{"features": "pooled"}, {"minibatch_discrimination": True},
+            "mmgan_igan": MMGAN + [{"minibatch_discrimination": True},
                                    {"baseline": "feature-matching"},
                                    {"baseline": "minibatch", "historical_averaging": 100.0},
                                    {"baseline": "minibatch", "label_smoothing": 0.0, "historical_averaging": 0.0}]}
@@ -50,10 +52,11 @@ def test_an_iteration_is_algorithm_1(script, case, monkeypatch):
         else:
             reference_mmgan.reference_step(script, args, networks, optimizers, rng, noise(args), history)
     theirs = weights(networks)
-    for name in ("centroid_real", "radius_real", "centroid_fake", "radius_fake"):
+    for name in ("real_centroid", "real_radius", "fake_centroid", "fake_radius"):
         if name in history:
-            torch.testing.assert_close(ours[f"spheres.{name}"], history[name], rtol=1e-2, atol=1e-4)
-    ours, theirs = ({k: v for k, v in w.items() if not k.startswith(("spheres.", "history."))} for w in (ours, theirs))
+            torch.testing.assert_close(ours[f"averages.{name}"], history[name], rtol=1e-2, atol=1e-4)
+    ours, theirs = ({k: v for k, v in w.items() if not k.startswith(("averages.", "history."))}
+                    for w in (ours, theirs))
     assert_same_course(start, ours, theirs, optimizers["generator"].param_groups[0]["lr"])
 
 
@@ -150,7 +153,7 @@ def test_the_averaged_generator_forgets_the_initial_statistics(script):
     """With weights and z that stand still, the averaged G gives the images of the raw one, however few updates its
     running statistics have had."""
     args = script.resolve(script.Args(width=1 / 32, latent_dim=8, batch_size=6, ema=0.9, lr=0.0))
-    networks, _, rng, step = parts(script, args, CPU)
+    networks, _, rng, step = build(script, args, CPU)
     for _ in range(10):
         rng.manual_seed(1)
         step(noise(args))
@@ -164,9 +167,9 @@ def test_the_averaged_generator_forgets_the_initial_statistics(script):
 def test_bf16_sees_fresh_weights(script, monkeypatch):
     """bf16 copies of the weights never outlive an update: as with no such copies kept at all, but for rounding (which
     turns Adam's step around where a gradient is about zero), and unlike with copies kept throughout."""
-    def two_steps(region=contextlib.nullcontext(), precision="bf16"):
+    def two_steps(region=None, precision="bf16"):
         _, networks, step = setup(script, precision=precision, lr=0.01)
-        with region:
+        with region or contextlib.nullcontext():
             losses = step()
             step()
         return torch.cat([p.detach().flatten() for p in networks.parameters()]), losses
@@ -184,30 +187,28 @@ def test_bf16_sees_fresh_weights(script, monkeypatch):
 
 
 @scripts.each()
-def test_gradient_norms(script):
-    """Each term of G's losses alone, as weighted there; measuring changes nothing."""
-    weight = {"lambda_r": 0.5} if scripts.is_gngan(script) else {"beta": 0.5}
-    args, networks, step = setup(script, **weight)
+def test_a_value_that_is_only_watched(script, monkeypatch):
+    """Whatever an objective adds to its terms is returned by the step, with or without a gradient, and changes nothing:
+    numbers, a tensor without gradient, one with, one of several numbers."""
+    _, networks, step = setup(script)
     step()
-    before = weights(networks)
-    z = script.draw_latents(6, args, torch.Generator().manual_seed(3))
-    norms = script.gradient_norms(args, networks, noise(args), z)
-    assert all(torch.equal(v, before[k]) for k, v in weights(networks).items())
-    G = networks["generator"]
-    if scripts.is_gngan(script):
-        assert norms.keys() == {"score_matching", "norm_matching", "inner_matching", "reconstruction",
-                                "neighbor_embedding"}
-        x = noise(args).float() / 255
-        latent = networks["encoder"](x)
-        term = script.neighbor_embedding(torch.cat([latent, z]), torch.cat([G(latent), G(z)]))
-        name = "neighbor_embedding"
-    else:
-        assert norms.keys() == {"centroid_distance", "radius_difference", "correlation_penalty"}
-        term = script.correlation_penalty(reference_mmgan.features(args, networks, G(z)))
-        name = "correlation_penalty"
-    gradients = torch.autograd.grad(0.5 * term, list(G.parameters()))
-    assert norms[name] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-4)
-    assert all(v > 0 for v in norms.values())
+    plain = weights(networks)
+    objective = script.generator_objective
+
+    def watching(args, networks, *given):
+        loss, terms, *averages = objective(args, networks, *given)
+        weight = next(networks["generator"].parameters())
+        terms |= {"number": 1.5, "whole": 2, "true": True, "constant": torch.ones((), dtype=torch.int64),
+                  "norm": weight.norm(), "several": torch.arange(3)}
+        return loss, terms, *averages
+
+    monkeypatch.setattr(script, "generator_objective", watching)
+    _, networks, step = setup(script)
+    losses = step()
+    assert [losses[name].item() for name in ("number", "whole", "true", "constant", "several")] == [1.5, 2, 1, 1, 1]
+    assert losses["norm"] > 0
+    assert all(v.dtype == torch.float32 and v.shape == () and not v.requires_grad for v in losses.values())
+    assert all(torch.equal(value, plain[name]) for name, value in weights(networks).items())
 
 
 @scripts.each()
@@ -242,6 +243,6 @@ def test_mini_batches_are_functions_of_seed_and_iteration(script, monkeypatch):
     whole = batch(2)
     halves = []
     for rank in range(2):
-        monkeypatch.setattr(script, "own_slice", lambda n: slice(rank * n // 2, (rank + 1) * n // 2))
+        monkeypatch.setattr(training, "world", lambda rank=rank: (rank, 2))
         halves += batch(2)
     assert halves == whole

@@ -37,11 +37,12 @@ def arguments(folder, **changes):
 
 
 def make_app(folder, **changes):
-    """A study of grey images 8x8; the method's number and the image's are its first two pixels."""
+    """A study of grey images 8x8, whose first two pixels are the method's number and the image's."""
     sources = {}
     for i, method in enumerate(METHODS):
         sources[method] = make_data.pictures(100, 8, channels=1)
-        sources[method][:, 0, 0, 0], sources[method][:, 0, 1, 0] = i, np.arange(100)
+        sources[method][:, 0, 0, 0] = i
+        sources[method][:, 0, 1, 0] = np.arange(100)
     study = user_study.Study(arguments(folder, **changes), {m: len(images) for m, images in sources.items()})
     return user_study.create_app(study, sources), study
 
@@ -91,7 +92,7 @@ def votes(study):
     return study.db.execute("SELECT method, image, fake FROM showings WHERE fake IS NOT NULL").fetchall()
 
 
-# ------------------------------------------------------------------------------------------------------- sources
+# -------------------------------------------------------------------------------- sources
 def test_sources(tmp_path):
     """Every kind of source gives the same images."""
     images = make_data.pictures(20, 28, channels=1)  # [20, 28, 28, 1]
@@ -105,12 +106,11 @@ def test_sources(tmp_path):
     idx = "data/MNIST/raw/train-images-idx3-ubyte"
     sources = {name: str(tmp_path / name) for name in ("grey.npy", "channel.npy", "folder", "packed.zip", "data/MNIST",
                                                         idx)}
-    opened = user_study.open_sources(user_study.Args(real="mnist", data_dir=str(tmp_path / "data"), fake=tuple(
-        f"{name}={path}" for name, path in sources.items())))
+    fakes = tuple(f"{name}={path}" for name, path in sources.items())
+    opened = user_study.open_sources(user_study.Args(real="mnist", data_dir=str(tmp_path / "data"), fake=fakes))
     assert list(opened) == ["real", *sources]
     for name, found in opened.items():
-        assert np.array_equal(np.broadcast_to(found, (20, 28, 28, found.shape[3])), np.broadcast_to(
-            images, (20, 28, 28, found.shape[3]))), name
+        assert np.array_equal(found, np.broadcast_to(images, (20, 28, 28, found.shape[3]))), name
         assert {user_study.encode(i) for i in found} == {user_study.encode(i) for i in images}
     for name in ("grey.npy", idx):
         assert isinstance(user_study.open_images(str(tmp_path / name), ""), np.memmap)
@@ -135,7 +135,7 @@ def test_source_errors(tmp_path, monkeypatch, fake, message):
         user_study.open_sources(user_study.Args(real="a.npy", fake=(fake,)))
 
 
-# --------------------------------------------------------------------------------------------- assignment, blindness
+# ------------------------------------------------------------------ assignment, blindness
 @pytest.mark.parametrize("per_method, pages", [(10, 4), (7, 1), (3, 3)])
 def test_assignment(per_method, pages):
     layouts = [user_study.assign(dict.fromkeys(METHODS, 12), per_method, pages) for _ in range(50)]
@@ -170,7 +170,7 @@ def test_blind(tmp_path):
     assert {len(user_study.encode(image)) for image in images} == {len(page.images[0][1])}
 
 
-# --------------------------------------------------------------------------------------------------------- votes
+# ---------------------------------------------------------------------------------- votes
 def test_study(tmp_path):
     """A participant goes through; the thank-you page and the tally agree; a trial run is not counted."""
     app, study = make_app(tmp_path, per_method=5, pages=2)
@@ -183,8 +183,8 @@ def test_study(tmp_path):
         for number in range(2):
             page = Page(browser.get("/").text)
             assert len(page.images) == 3 * (3 - number)
-            assert browser.post("/", data=page.form(n for n, (method, _) in page.shown().items() if method == "dcgan")
-                                ).status_code == 303
+            form = page.form(name for name, (method, _) in page.shown().items() if method == "dcgan")
+            assert browser.post("/", data=form).status_code == 303
         thanks = browser.get("/").text
         assert "right about 10 of 15 images (67%)" in thanks and "marked 5 of 10 fake" in thanks
         assert "took 0 of 5 real" in thanks and ("trial" in thanks) == bool(key)
@@ -244,7 +244,7 @@ def test_limit(tmp_path):
     make_app(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- over a socket
+# -------------------------------------------------------------------------- over a socket
 class Participant:
     """A browser without a screen, over HTTP; `sent` holds (method, image, fake) of all that was answered."""
 
@@ -266,7 +266,10 @@ class Participant:
 
     def take_part(self, pause=0.0):
         assert self.request("POST", "", "/start")[0] == 303
-        while "Thank you" not in (html := self.request("GET")[1]):
+        while True:
+            html = self.request("GET")[1]
+            if "Thank you" in html:
+                return
             page = Page(html)
             marked = {name: bool(self.rng.random() < 0.4) for name, _ in page.images}
             time.sleep(pause * self.rng.uniform(0.5, 1.5))
@@ -296,18 +299,20 @@ def test_kill(tmp_path):
     """kill -9 while pages come in: all that was answered is there, and the same study goes on."""
     for name in ("real", "dcgan", "mmgan rbf"):
         images = make_data.pictures(100, 8, channels=1)
-        images[:, 0, 0, 0], images[:, 0, 1, 0] = METHODS.index(name), np.arange(100)
+        images[:, 0, 0, 0] = METHODS.index(name)
+        images[:, 0, 1, 0] = np.arange(100)
         np.save(tmp_path / f"{name}.npy", images)
     people = []
     for _ in range(2):
-        server = launcher.Process("user_study.py", "--real", tmp_path / "real.npy", "--port", 0, *sum((
-            ["--fake", f"{name}={tmp_path / name}.npy"] for name in METHODS[1:]), []), "--db", tmp_path / "study.db")
+        fakes = [["--fake", f"{name}={tmp_path / name}.npy"] for name in METHODS[1:]]
+        server = launcher.Process("user_study.py", "--real", tmp_path / "real.npy", "--db", tmp_path / "study.db",
+                                  "--port", 0, *sum(fakes, []))
         while not (found := re.search(r"127\.0\.0\.1:(\d+);", server.read("out"))):
             assert server.poll() is None, server.read("err")
             time.sleep(0.05)
         port = int(found[1])
 
-        def crowd(seed):
+        def crowd(seed, port=port):
             with contextlib.suppress(OSError, http.client.HTTPException):
                 while True:
                     people.append(Participant(port, seed))
@@ -330,24 +335,24 @@ def test_kill(tmp_path):
     assert sent and sent <= kept and (kept - sent).total() <= 2 * 4 * 9  # stored, but killed before the answer
 
 
-# --------------------------------------------------------------------------------------------------------- tally
-def slow_share(fake, shown, people, method):
-    return sum(fake[p][method] for p in people) / sum(shown[p][method] for p in people)
+# ---------------------------------------------------------------------------------- tally
+def slow_share(marked, shown, people, method):
+    return sum(marked[p][method] for p in people) / sum(shown[p][method] for p in people)
 
 
 def test_bootstrap():
     """Against a loop over resamples with draws of its own, with participants whose votes depend on each other."""
     rng = np.random.default_rng(1)
     shown = rng.choice([5, 10], (30, 1)) * np.ones((1, 3), int)
-    fake = rng.binomial(shown, rng.beta(1, 2, (30, 1)) * [0.3, 0.9, 1.0])
+    marked = rng.binomial(shown, rng.beta(1, 2, (30, 1)) * [0.3, 0.9, 1.0])
     draws = rng.integers(30, size=(4000, 30))
-    low, high = user_study.bootstrap(fake, shown)
+    low, high = user_study.bootstrap(marked, shown)
     for method in range(3):
-        shares = sorted(slow_share(fake, shown, people, method) for people in draws)
+        shares = sorted(slow_share(marked, shown, people, method) for people in draws)
         assert abs(low[method] - shares[100]) < 0.01 and abs(high[method] - shares[3900]) < 0.01
     independent = 2 * 1.96 * np.sqrt(0.3 * 0.7 / shown[:, 1].sum())
     assert high[1] - low[1] > 1.5 * independent  # wider than if all votes were independent
-    assert np.array_equal(user_study.bootstrap(fake, shown), [low, high])
+    assert np.array_equal(user_study.bootstrap(marked, shown), [low, high])
 
 
 def test_tally(tmp_path, capsys, monkeypatch):
@@ -383,7 +388,7 @@ def test_errors(tmp_path):
     for flags, message in ((["--tally", "absent.db"], "cannot read absent.db"), ([], "give --real SOURCE"),
                            (["--tally", "text.db"], "not a database"), (["--tally", "study.db"], "no votes yet"),
                            ([*images, "--db", "text.db"], "cannot keep votes in text.db"),
-                           ([*images, "--per-method", "3"], "--per-method is 3: it must be 4 or more")):
+                           ([*images, "--per-method", "3"], "--per-method is 3: it must be in \\[4, inf\\)")):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=message) as error:
             patch.chdir(tmp_path)
             patch.setattr(sys, "argv", ["user_study.py", *flags])
@@ -394,7 +399,7 @@ def test_errors(tmp_path):
     assert err.count("\n") == 1 and err.startswith("user_study.py: error: give --real SOURCE")
 
 
-# ------------------------------------------------------------------------------------------------------- browser
+# -------------------------------------------------------------------------------- browser
 @pytest.fixture(scope="module")
 def browser():
     webdriver = pytest.importorskip("selenium.webdriver")
@@ -436,7 +441,8 @@ def test_browser(tmp_path, browser, width):
     expected = collections.Counter()
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
         "width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500})
-    browser.delete_all_cookies() if browser.current_url.startswith("http") else None
+    if browser.current_url.startswith("http"):
+        browser.delete_all_cookies()
     with served(app) as port:
         browser.get(f"http://127.0.0.1:{port}/")
         go(find("button")[0].click, "Page 1 of 2")

@@ -1,6 +1,8 @@
 """A few iterations of a script's training step, alone or as one of torchrun's processes; what came of them in a file.
 
-    one_process.py SCRIPT SETTING(JSON) ITERATIONS FOLDER [plain]
+    one_process.py SCRIPT MODEL SETTING(JSON) ITERATIONS FOLDER [plain]
+
+SCRIPT: the script, or a fork of MODEL.
 
 plain: gradient descent instead of Adam, and no batch norm, so that the losses are means over the samples.
 """
@@ -10,24 +12,25 @@ import json
 import pathlib
 import sys
 
+import scripts
 import torch
-import torch.distributed as dist
-from steps import CPU, noise, parts, plain_descent
+from steps import CPU, build, noise, plain_descent
 
-import common
+from common import training
 
-name, setting, iterations, folder, *plain = sys.argv[1:]
+name, model, setting, iterations, folder, *plain = sys.argv[1:]
+scripts.forks[model] = [name]
 script = importlib.import_module(name)
 args = script.resolve(script.Args(**json.loads(setting)))
-common.choose_device("cpu", tf32=False, deterministic=False)
+training.choose_device("cpu", tf32=False, deterministic=False)
 if plain:
     script.init_optimizers = plain_descent(script)
     script.BatchNorm.forward = torch.nn.BatchNorm2d.forward = lambda self, x, *update: (
         x * self.weight[:, None, None] + self.bias[:, None, None])
-networks, _, rng, step = parts(script, args, CPU)
+networks, _, rng, step = build(script, args, CPU)
 images, losses = noise(dataclasses.replace(args, batch_size=40)), []
 for iteration in range(int(iterations)):
-    rng.manual_seed(script.draw_seed(args.seed, iteration))
+    rng.manual_seed(training.draw_seed(args.seed, iteration))
     losses.append(step(script.get_batch(images, args, iteration, CPU)))
-rank = dist.get_rank() if dist.is_initialized() else 0
+rank, _ = training.world()
 torch.save({"networks": networks.state_dict(), "losses": losses}, pathlib.Path(folder, f"{rank}.pt"))

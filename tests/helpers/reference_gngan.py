@@ -32,8 +32,8 @@ def reference_step(script, args, networks, optimizers, rng, pictures):
             if args.neighbor_embedding:
                 embedding = script.neighbor_embedding(torch.cat([latent, z]), torch.cat([rebuilt, fake]))
                 loss = loss + args.lambda_r * embedding
-        trained = {"both": ["generator"], "separate": ["reconstruction"], "encoder": []}[args.autoencoder_updates]
-        descend(loss, *(optimizers[n] for n in ["encoder", *trained]))
+        trained = {"both": ["encoder", "generator"], "encoder": ["encoder"]}[args.autoencoder_updates]
+        descend(loss, *(optimizers[name] for name in trained))
         rebuilt = G(E(x)).detach()
     fake = G(z, True).detach()
     if args.hinge:
@@ -49,7 +49,8 @@ def reference_step(script, args, networks, optimizers, rng, pictures):
         slope = gradient.flatten(1).norm(dim=1)
         if args.penalty == "score":
             slope = slope * score(logit) * (1 - score(logit))
-        slope = slope / (1 if args.penalty in ("l2", "score") else math.sqrt(x[0].numel()))
+        else:
+            slope = slope / math.sqrt(x[0].numel())
         loss = loss + args.lambda_p * (-1 if args.penalty == "reversed" else 1) * (slope - 1).pow(2).mean()
     descend(loss, optimizers["discriminator"])
     fake = G(z)

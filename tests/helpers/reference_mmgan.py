@@ -10,10 +10,9 @@ def scaled(script, pictures):
     return pictures.float() / 127.5 - 1 if model(script) == "mmgan_dcgan" else (pictures.float() - 127.5) / 128
 
 
-def features(args, networks, x, noise=None):
-    """The features [B, d] that are matched."""
-    maps = networks["discriminator"].features(x, *noise or [])
-    return maps.flatten(1) if getattr(args, "features", "map") == "map" else maps.mean((2, 3))
+def features(networks, x, noise=()):
+    """The features [B, d] that are matched: D's last map, flattened."""
+    return networks["discriminator"].features(x, *noise).flatten(1)
 
 
 def squared_distance(args, a, b, w):
@@ -33,14 +32,10 @@ def averaged(args, history, y, f):
         lengths = (points - points.mean(0)).norm(dim=1)
         return {"rbf": lengths.square().mean(), "exp": lengths.mean(), "poly": points.square().sum(1).mean()}
 
-    width = torch.tensor(1.0)
-    if isinstance(args.kernel_width, float):
-        width = torch.tensor(args.kernel_width)
-    elif args.kernel in ("rbf", "exp", "poly"):
-        width = spread(y.detach())[args.kernel]
-        if args.kernel_width == "auto":
-            width = (width + spread(torch.cat([y, f]).detach())[args.kernel]) / 2
-        width = take_in("kernel_width", width)
+    width = torch.tensor(args.kernel_width or 1.0)
+    if args.kernel_width is None and args.kernel in ("rbf", "exp", "poly"):
+        spreads = [spread(points.detach())[args.kernel] for points in (y, torch.cat([y, f]))]
+        width = take_in("kernel_width", sum(spreads) / 2)
     new = {"kernel_width": width}
     for side, s in (("real", y), ("fake", f)):
         c = s.mean(0)
@@ -48,17 +43,18 @@ def averaged(args, history, y, f):
             r = (s - c).norm(dim=1).mean()
         else:
             r = torch.stack([squared_distance(args, c, v, width) for v in s]).mean()
-        new |= {f"centroid_{side}": take_in(f"centroid_{side}", c), f"radius_{side}": take_in(f"radius_{side}", r)}
+        new[f"{side}_centroid"] = take_in(f"{side}_centroid", c)
+        new[f"{side}_radius"] = take_in(f"{side}_radius", r)
     return new
 
 
 def final(args, new, f):
     """L_G of Eq. 10, and its R_G part."""
-    gap = (new["radius_real"] - new["radius_fake"]).abs()
+    gap = (new["real_radius"] - new["fake_radius"]).abs()
     if args.kernel == "none":
-        loss = (new["centroid_real"] - new["centroid_fake"]).norm() + gap
+        loss = (new["real_centroid"] - new["fake_centroid"]).norm() + gap
     else:
-        loss = squared_distance(args, new["centroid_real"], new["centroid_fake"], new["kernel_width"])
+        loss = squared_distance(args, new["real_centroid"], new["fake_centroid"], new["kernel_width"])
         loss = loss + args.alpha * gap
     return loss, args.beta * (torch.eye(len(f)) - torch.corrcoef(f)).square().sum().sqrt()
 
@@ -79,7 +75,7 @@ def reference_step(script, args, networks, optimizers, rng, pictures, history):
         results = []
         for images in (real, fake):
             noise = draw()
-            results += [D(images, *noise), features(args, networks, images, noise)]
+            results += [D(images, *noise), features(networks, images, noise)]
         return results
 
     def drift(name):
@@ -105,14 +101,15 @@ def reference_step(script, args, networks, optimizers, rng, pictures, history):
         loss = loss - (penalty if args.correlation_in_discriminator else 0)
     descend(loss + drift("discriminator"), optimizers["discriminator"])
     if args.baseline:
-        for step in range(args.generator_steps):
-            if igan:
+        minibatch = args.baseline == "minibatch"
+        for step in range((3 if minibatch else 1) if igan else args.generator_steps):
+            if minibatch:  # log(1 - D) = -softplus, maximised by D and minimised by G
                 z = latents() if step else z
-                if args.baseline == "minibatch":  # log(1 - D) = -softplus, maximised by D and minimised by G
-                    loss = F.logsigmoid(-D(G(z), *draw())).mean()
-                else:
-                    _, y, _, f = discriminate(x, G(z))
-                    loss = (y.detach().mean(0) - f.mean(0)).abs().mean()
+                loss = F.logsigmoid(-D(G(z), *draw())).mean()
+            elif igan:
+                maps = [D.features(images, *draw()) for images in (x, G(z))]
+                real_mean, fake_mean = (m.mean((0, 2, 3)) for m in maps)
+                loss = (real_mean.detach() - fake_mean).abs().mean()
             else:
                 loss = -F.logsigmoid(D(G(z))).mean()
             descend(loss + drift("generator"), optimizers["generator"])
@@ -120,6 +117,6 @@ def reference_step(script, args, networks, optimizers, rng, pictures, history):
     _, y, _, f = discriminate(x, G(z))
     new = averaged(args, history, y.detach(), f)
     match, penalty = final(args, new, f)
-    scale = {"one": 1, "width": new["kernel_width"].detach(), "undamped": 1 / (1 - args.delta) if history else 1}
-    descend(scale[args.manifold_scale] * match + penalty, optimizers["generator"])
+    scale = new["kernel_width"].detach() if args.manifold_scale == "width" else 1
+    descend(scale * match + penalty, optimizers["generator"])
     history.update({k: v.detach() for k, v in new.items()})

@@ -1,0 +1,67 @@
+"""The figure of a score of runs against iterations. Runs of one NAME become one line with a band:
+
+    python -m common.figure GAN=runs/a GAN=runs/b GN-GAN=runs/c --key fid --out figure7.png
+"""
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from common import UserError, read_lines, reason, run, write_atomically
+
+
+def read_scores(folder: str, key: str) -> dict[int, float]:
+    """Iteration -> score of a run folder. Raises UserError: no scores, no such `key`, a damaged file."""
+    path = pathlib.Path(folder, "metrics.jsonl")
+    if not path.exists():
+        raise UserError(f"{folder} has no scores: metrics.jsonl is not there")
+    try:
+        records = read_lines(path)
+        return {record["iteration"]: float(record[key]) for record in records}
+    except KeyError as error:
+        raise UserError(f"{path} has no {error}; it has {', '.join(records[0])}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
+
+
+def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, key: str = "fid") -> None:
+    """Draw a score of runs against iterations.
+
+    Args:
+        runs: folders, each RUN or NAME=RUN; runs of one name become a line, their mean, in a band, their range
+        out: the picture: .png, .pdf or .svg
+        key: a score in metrics.jsonl: fid, kid_mean, is_mean, precision, recall
+    """
+    if not runs:
+        raise UserError("give the folders of runs to draw")
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {out}: a picture's name ends in .png, .pdf or .svg")
+    os.environ["MPLBACKEND"] = "agg"  # else a notebook's backend, not installed, fails the import
+    from matplotlib.figure import Figure
+    groups: dict[str, list[dict[int, float]]] = {}  # name -> scores of its runs
+    for argument in runs:
+        name, equals, folder = argument.partition("=")
+        if not equals or os.path.exists(argument):  # a folder's name may hold a = too
+            name, folder = pathlib.Path(argument).resolve().name, argument
+        groups.setdefault(name, []).append(read_scores(folder, key))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="iteration", ylabel=key.upper() if key == "fid" else key)
+    for name, scores in groups.items():
+        iterations = sorted(set.intersection(*map(set, scores)))
+        if not iterations:
+            raise UserError(f"the runs of {name} have no scored iteration in common")
+        values = np.array([[score[i] for i in iterations] for score in scores])  # [runs, iterations]
+        note = f" (mean and range of {len(scores)} runs)" if len(scores) > 1 else ""
+        line, = axes.plot(iterations, values.mean(0), marker=".", label=name + note)
+        low, high = values.min(0), values.max(0)
+        axes.fill_between(iterations, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.legend()
+    write_atomically(out, lambda path: figure.savefig(path, format=out.suffix[1:], dpi=150))
+
+
+if __name__ == "__main__":
+    run(lambda: tyro.cli(draw))

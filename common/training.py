@@ -1,0 +1,303 @@
+"""What every training has and no paper names: the device, torchrun's processes, seeds of draws, bf16, the captured
+step, checkpoints, the first and the last line."""
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import functools
+import os
+import pathlib
+import sys
+import time
+import zlib
+from typing import Callable, Iterable, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import UserError, quote, read_lines, reason, run_folder, write_atomically
+
+TrainStep = Callable[[Tensor], dict[str, Tensor]]  # uint8 images [B, C, H, W] -> losses and watched values, scalars
+
+
+# ------------------------------------------------------------------------------------------------------- device
+def choose_device(name: str, tf32: bool, deterministic: bool) -> torch.device:
+    """The device, with PyTorch's switches set. Under torchrun each process joins the others and takes its own GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():  # set by torchrun
+        # two backends: a flag from the host must not wait for the device; data sets may take hours to decode
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))
+        atexit.register(dist.destroy_process_group)
+        dist.barrier()  # all have read the checkpoint before one writes
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return "the CPU" if torch.cuda.is_available() else "the CPU (PyTorch sees no CUDA GPU)"
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works here; if not, one line says why."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # no C++ compiler, no Python headers, no Triton: each raises its own
+        print(f"training uncompiled, since torch.compile fails here: {reason(error)} (a CPU needs a C++ compiler and "
+              "Python's headers; Debian, Ubuntu: apt install g++ python3-dev)", file=sys.stderr)
+        return False
+
+
+def autocast(forward: Callable) -> Callable:
+    """Make a network's method run in bf16 where the network's attribute `bf16` is set.
+
+    Each call is a region of its own. A region keeps bf16 copies of the weights, which an update would leave behind.
+    """
+    @functools.wraps(forward)
+    def wrapped(network: nn.Module, x: Tensor, *rest) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=network.bf16):
+            return forward(network, x, *rest)
+
+    return wrapped
+
+
+# ----------------------------------------------------------------------------------------- torchrun's processes
+def world() -> tuple[int, int]:
+    """This process's rank and how many processes torchrun started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_slice(n: int) -> slice:
+    """This process's part of a mini-batch of n, which torchrun's processes split; alone: all of it."""
+    rank, processes = world()
+    return slice(rank * n // processes, (rank + 1) * n // processes)
+
+
+@torch.no_grad()
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by their means over torchrun's processes, in one message; alone: nothing."""
+    tensors = list(tensors)
+    if not dist.is_initialized() or not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    means = (flat / dist.get_world_size()).split([t.numel() for t in tensors])
+    for t, mean in zip(tensors, means):
+        t.copy_(mean.view(t.shape))
+
+
+def average_gradients(networks: nn.Module) -> None:
+    """Replace the gradients of the last backward pass by their means over torchrun's processes; alone: nothing."""
+    average(p.grad for p in networks.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+def update_ema(averaged: nn.Module, network: nn.Module, decay: float) -> None:
+    """averaged <- decay averaged + (1 - decay) network, of weights and buffers."""
+    for mean, value in zip(averaged.state_dict().values(), network.state_dict().values()):
+        mean.lerp_(value, 1 - decay)
+
+
+def stopping(signals: list[int]) -> bool:
+    """Whether a signal came, to this process or another; another's is added to `signals`."""
+    if dist.is_initialized():
+        number = torch.tensor(signals[:1] or [0])
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            signals.append(number.item())
+    return bool(signals)
+
+
+# --------------------------------------------------------------------------------------------------- iterations
+def draw_seed(*key: int) -> int:
+    """A seed for a generator of draws (the CPU's takes 32 bits) from numbers such as (seed, iteration)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def due(every: int, iteration: int, iterations: int) -> bool:
+    """Whether what happens every `every` iterations, and after the last of `iterations`, happens at this one.
+    Never at iteration 0, before training; every = 0: never."""
+    return every > 0 and iteration > 0 and (iteration % every == 0 or iteration == iterations)
+
+
+def scalars(values: dict[str, Tensor | float]) -> dict[str, Tensor]:
+    """Losses and watched values as a step returns them: in fp32, without gradient, of several numbers the mean."""
+    tensors = {name: torch.as_tensor(value).detach().float() for name, value in values.items()}
+    return {name: tensor.mean() if tensor.ndim else tensor for name, tensor in tensors.items()}
+
+
+class GraphedStep:
+    """A train_step that is captured once as a CUDA graph and replayed: one launch an iteration instead of hundreds.
+
+    The first calls run it as it is: a capture needs such a warm-up, on a stream of its own. A replay reads the images
+    from one buffer, and draws from `rng`. A replay's losses are overwritten by the next one.
+    """
+
+    def __init__(self, train_step: TrainStep, rng: torch.Generator, warm_up: int = 3):
+        self.train_step, self.rng, self.warm_up = train_step, rng, warm_up  # kept alive as long as the graph
+        self.stream = torch.cuda.Stream()
+        self.graph = None
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        if self.warm_up > 0:
+            self.warm_up -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = self.train_step(images)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return losses
+        if self.graph is None:
+            self.images = images.clone()
+            self.graph = torch.cuda.CUDAGraph()
+            if torch.__version__ < (2, 14):  # later ones register by themselves, and warn here
+                self.graph.register_generator_state(self.rng)
+            with torch.cuda.graph(self.graph):
+                self.losses = self.train_step(self.images)
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.losses
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+def fingerprint(images: Tensor) -> list[int]:
+    """The number of images and a checksum of about a thousand of them, to know a data set again."""
+    return [len(images), zlib.crc32(images[:: max(1, len(images) // 1000)].numpy().tobytes())]
+
+
+def check_finite(tensors: dict[str, Tensor], when: str, folder: pathlib.Path) -> None:
+    """Refuse to go on with weights that are not finite: a loss that is not spoils those that it trains, for good."""
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all():
+        raise UserError(f"training diverged: weights are not finite at {when}; the last good checkpoint is "
+                        f"{folder / 'checkpoint.pt'}; try a smaller --lr")
+
+
+def save_checkpoint(folder: pathlib.Path, header: dict, networks: nn.ModuleDict,
+                    optimizers: dict[str, torch.optim.Optimizer], sampled: str) -> None:
+    """Write checkpoint.pt, all that training goes on from, and generator.pt, the network `sampled` alone.
+
+    header: what both hold beside weights: script, args, iteration, seconds, data (the images' fingerprint).
+    """
+    moments = {name: optimizer.state_dict()["state"] for name, optimizer in optimizers.items()}
+    contents = {"checkpoint.pt": {**header, "networks": networks.state_dict(), "optimizers": moments},
+                "generator.pt": {**header, "networks": nn.ModuleDict({sampled: networks[sampled]}).state_dict()}}
+    for name, checkpoint in contents.items():
+        write_atomically(folder / name, functools.partial(torch.save, checkpoint),
+                         f"make room and go on with --resume {quote(folder)}; ")
+
+
+def restore(checkpoint: dict, networks: nn.ModuleDict, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    """Load a checkpoint's weights and moments into networks and optimisers, which keep their own settings.
+
+    What the checkpoint holds of other networks is passed over. Raises UserError: it does not fit.
+    """
+    try:
+        networks.load_state_dict({k: v for k, v in checkpoint["networks"].items() if k.split(".")[0] in networks})
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizers"][name]})
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"the checkpoint does not fit {checkpoint['script']}.py with these flags (has one of them "
+                        f"changed since?): {reason(error)}") from None
+
+
+def check_data(checkpoint: dict, data: list[int], data_dir: str) -> None:
+    """Refuse to go on with other images than the run began with. data: their fingerprint."""
+    if checkpoint["data"] != data:
+        raise UserError(f"the images in {data_dir} are not those that the run began with: give its --data-dir, or "
+                        "start a new run")
+
+
+# --------------------------------------------------------------------------------------------- start and end of a run
+def open_run(args, file: Optional[pathlib.Path], default_name: str) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """The context in which a run has its folder for itself, see `common.run_folder`.
+
+    file: the checkpoint that the run goes on from. --evaluate, and of torchrun's processes all but the first, get the
+    path alone.
+    """
+    name = args.run_name or f"{default_name}__{args.seed}__{int(time.time())}"
+    place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
+    rank, processes = world()
+    if args.evaluate:
+        return contextlib.nullcontext(place)
+    if args.batch_size % processes or args.batch_size < 2 * processes:
+        raise UserError(f"--batch-size {args.batch_size} must be divisible by {processes} processes, with 2 images "
+                        "each")
+    if rank > 0:
+        return contextlib.nullcontext(place)
+    return run_folder(place, resume=file is not None, free_name=args.run_name is None)
+
+
+def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional[dict]) -> None:
+    """Refuse what does not go with the images or the checkpoint; switch off, with a line, what does not work here.
+
+    Refused: fewer images than a mini-batch has; fewer iterations than the checkpoint has or, where the learning rate
+    follows a schedule, others than it was begun for.
+    """
+    rank, processes = world()
+    if checkpoint is not None:
+        planned, done = checkpoint["args"]["iterations"], checkpoint["iteration"]
+        if getattr(args, "lr_schedule", "constant") != "constant" and args.iterations != planned:
+            raise UserError(f"--iterations is {args.iterations}: --lr-schedule {args.lr_schedule} was begun for "
+                            f"{planned}; leave --iterations out, or start a new run")
+        if args.iterations < done:
+            raise UserError(f"--iterations is {args.iterations}: the run is already at {done}")
+    if len(images) < args.batch_size:
+        raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
+    if args.compile:
+        args.compile = compiles(device)
+    if args.cuda_graph and device.type == "cuda" and processes > 1:
+        args.cuda_graph = False
+        if rank == 0:
+            print("under torchrun iterations are launched eagerly, not as a CUDA graph", file=sys.stderr)
+
+
+def begin_log(folder: pathlib.Path, args, images: Tensor, networks: dict[str, nn.Module], device: torch.device,
+              start: int):
+    """TensorBoard's writer of a run that begins, or goes on, at iteration `start`. A line is printed: where, what, how
+    large, and how to watch. networks: those that are trained."""
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()):,}" for name, network in networks.items())
+    on = f", from iteration {start:,} on" if start else ""
+    print(f"{folder}: {args.dataset}, {len(images):,} images of {images.shape[2]}x{images.shape[3]}, on "
+          f"{describe(device)}{on}; parameters: {sizes}; to watch: tensorboard --logdir {quote(folder)}")
+    from torch.utils.tensorboard import SummaryWriter  # a second to import
+    (folder / "samples").mkdir(exist_ok=True)
+    writer = SummaryWriter(str(folder), purge_step=start + 1)
+    arguments = "\n".join(f"    {name} = {value}" for name, value in vars(args).items())
+    writer.add_text("arguments", arguments, start)  # anew when a run goes on: flags may have changed
+    return writer
+
+
+def images_per_second(bar: tqdm, batch_size: int) -> Optional[float]:
+    """The progress bar's rate. None: there is no bar, or no iteration since the start or a resume."""
+    if bar.disable or bar.n == bar.initial:
+        return None
+    state = bar.format_dict
+    iterations_per_second = state["rate"] or (bar.n - bar.initial) / state["elapsed"]
+    return round(iterations_per_second * batch_size, 2)
+
+
+def print_end(folder: pathlib.Path, args, finished: bool) -> None:
+    """One line: the scores, and how to go on if a signal ended the run."""
+    records = read_lines(folder / "metrics.jsonl")
+    scores = "no scores" + (" yet" if args.eval_every else ", --eval-every 0")
+    if records:
+        scores = "FID {fid:.2f}, KID {kid_mean:.4f}, IS {is_mean:.2f} at iteration {iteration}".format(**records[-1])
+    if finished:
+        print(f"{folder}: {args.iterations} iterations, {scores}")
+    else:
+        print(f"{folder}: stopped ({scores}); go on with --resume {quote(folder)}")
