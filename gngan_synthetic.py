@@ -1,85 +1,75 @@
 """GN-GAN on synthetic data, after "Improving GAN with Neighbors Embedding and Gradient Matching"
-(Tran, Bui and Cheung, AAAI 2019): table 2 and figures 3 and 4 (25 Gaussians in 2D), figure 2 (3 Gaussians in 1D).
+(Tran, Bui and Cheung, AAAI 2019): 25 Gaussians in 2D (table 2, figures 3, 4), three in 1D (figure 2).
 
-    python gngan_synthetic.py --epochs 50              # a first look: a tenth of the protocol
-    python gngan_synthetic.py                          # GN-GAN's row of table 2: 500 epochs, 8 seeds
-    python gngan_synthetic.py --method all             # all eight methods: the whole of table 2
-    python gngan_synthetic.py --dim 1 --method all     # figure 2 and its video, with four baselines
+    python gngan_synthetic.py --epochs 50             # a first look: a tenth of the protocol
+    python gngan_synthetic.py                         # GN-GAN's row of table 2: 500 epochs, 8 seeds
+    python gngan_synthetic.py --method all            # all eight methods: the whole of table 2
+    python gngan_synthetic.py --dim 1 --method all    # figure 2 and its video, with four baselines
 
-The networks are tiny, so plain PyTorch spends its time launching operations, not computing. Two things make this script
-fast. All seeds train at once: each loss is written for one seed, and torch.vmap runs it over all of them. One
-iteration, with its gradients and Adam steps, is one function that torch.compile turns into one graph.
+The networks are tiny, so plain PyTorch spends its time launching operations, not computing. Two
+things make this script fast. All seeds train at once: each loss is written for one seed, and
+torch.vmap runs it over all of them. One iteration, with its gradients and Adam steps, is one
+function that torch.compile turns into one graph.
 
-What to expect: docs/synthetic.md.
+A method of your own: its losses, and a line in METHODS. What to expect: docs/synthetic.md.
 """
 from __future__ import annotations
-
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported ends without a traceback
 
 import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import time
 from dataclasses import dataclass
-from typing import Annotated, Callable, Literal, Optional
+from typing import Callable, Literal, NamedTuple, Optional
 
-os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend may be missing here, and importing matplotlib would fail
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
-from matplotlib.collections import EllipseCollection
-from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
-from common import UserError
+from common import UserError, training
+from common.training import draw_seed, due
 
 SCRIPT = pathlib.Path(__file__).stem
-NUM_SAMPLES = 2000  # generated samples an evaluation registers [paper]
-COMPILE_FROM = 5000  # iterations of a method's whole run from which compiling (about half a minute, once) pays
-Params = dict[str, Tensor]  # one network's weights: w0 [in, out], b0 [out], w1, ...; of S seeds: [S, in, out], ...
+NUM_SAMPLES = 2000  # generated points that an evaluation registers [paper]
+COMPILE_FROM = 5000  # iterations of a method's whole run from which compiling (half a minute) pays
+Params = dict[str, Tensor]  # a network's weights: w0 [in, out], b0 [out], w1, ...; of S seeds [S, ...]
+Networks = dict[str, Params]  # of S seeds, by name: generator, encoder, discriminator, generator_ema
+Terms = dict[str, Tensor]  # scalars by name, which go to TensorBoard; with or without a gradient
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
 @dataclass
-class RunArgs:
+class Args:
+    # run
     seed: int = 1
-    """The first seed, of initial weights and every draw. Each seed's run is what it would be alone."""
+    """The first seed, of initial weights and all draws. Each seed's run is what it would be alone."""
     num_seeds: int = 8
     """How many runs to train at once, with the seeds seed, seed + 1, ..."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     compile: bool = True
-    """torch.compile the training step of a run of 5,000 iterations or more (half a minute, once; then cached)."""
+    """torch.compile the step of a run of 5,000 iterations or more (half a minute; then cached)."""
     run_dir: str = "runs"
     """The folder for run folders."""
     run_name: Optional[str] = None
     """The run folder's name. Default: synthetic{dim}d__{script}__{seed}__{time}."""
     resume: Optional[str] = None
-    """A run folder or its checkpoint.pt: go on there, with the arguments saved in it. auto: go on in --run-name's
-    folder if it has a checkpoint, else start it."""
+    """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
+    auto: go on in --run-name's folder if it has a checkpoint, else start it."""
 
-
-@dataclass
-class DataArgs:
+    # data
     dim: Literal[2, 1] = 2
-    """2: 25 Gaussians on a grid (table 2, figures 3 and 4). 1: three Gaussians on a line (figure 2)."""
+    """2: 25 Gaussians on a grid (table 2, figures 3, 4). 1: three Gaussians on a line (figure 2)."""
 
-
-@dataclass
-class ModelArgs:
-    method: Literal["gngan", "distgan", "gan", "wgangp", "ali", "vaegan", "vae", "betavae", "all"] = "gngan"
-    """What to train; all: each in turn. In 1D: gngan, distgan, gan, wgangp, vaegan."""
+    # model
+    method: MethodName = "gngan"
+    """What to train; all: each in turn. In 1D: those whose D judges points."""
     hidden_dim: Optional[int] = None
     """Neurons a hidden layer. Default: 64 in 2D, 4 in 1D [paper]."""
     hidden_layers: int = 2
@@ -87,9 +77,7 @@ class ModelArgs:
     ema: float = 0.0
     """Decay of a moving average of G's weights, evaluated beside the raw ones; 0: off [paper]."""
 
-
-@dataclass
-class LossArgs:
+    # loss
     lambda_p: float = 0.1
     """GN-GAN, Dist-GAN, WGAN-GP: weight of the gradient penalty V_P [paper; WGAN-GP: tuned]."""
     lambda_m1: float = 0.1
@@ -101,18 +89,22 @@ class LossArgs:
     alpha: float = 0.05
     """GN-GAN: share of the reconstructions among the reals of Eq. 7 [paper]."""
     penalty: Literal["l2", "rms", "score"] = "l2"
-    """Whose gradient V_P holds at norm 1. score: the sigmoid score's. l2: the logit's. rms: the logit's by root mean
-    square over coordinates, as in the authors' code."""
+    """Whose gradient V_P holds at norm 1.
+    score: the sigmoid score's.
+    l2: the logit's.
+    rms: the logit's by root mean square over coordinates, as in the authors' code."""
     autoencoder_updates: Literal["both", "separate", "encoder"] = "separate"
-    """GN-GAN, Dist-GAN: the autoencoder's update trains E and G with one Adam for both updates of G (both), E and G
-    with moments of G's own for it, as the authors' 2D code does and our table 2 was made (separate), or E alone."""
+    """What the autoencoder's update trains in GN-GAN and Dist-GAN.
+    both: E and G, with one Adam for both updates of G.
+    separate: E and G, with an Adam of its own for this update of G [authors' 2D code].
+    encoder: E alone."""
     critic_steps: Optional[int] = None
-    """D updates an iteration, each on its own mini-batch. Default: gngan 1; distgan 5 in 2D, 3 in 1D [authors' code];
-    wgangp 5 in 2D, 3 in 1D [authors' code]; gan 2 and ali 5 [tuned]; vaegan 1."""
+    """D updates an iteration, each on its own mini-batch.
+    Default: distgan, wgangp 5 in 2D, 3 in 1D [authors' code]; gan 2, ali 5 [tuned]; others 1."""
     label_smoothing: Optional[float] = None
     """GAN, ALI: one-sided, the real label is 1 - this. Default: gan 0.1, ali 0 [tuned]."""
     vae_sigma: float = 0.02
-    """VAE, beta-VAE: the likelihood's fixed standard deviation, in units of the data in [0, 1] [tuned]."""
+    """VAE, beta-VAE: the likelihood's fixed standard deviation, for data in [0, 1] [tuned]."""
     vae_beta: float = 2.0
     """beta-VAE: weight of the Kullback-Leibler term [tuned]."""
     vaegan_gamma: float = 1.0
@@ -120,47 +112,59 @@ class LossArgs:
     vaegan_kl: float = 1.0
     """VAE-GAN: weight of the Kullback-Leibler term in E's loss [tuned]."""
 
-
-@dataclass
-class OptimisationArgs:
+    # optimisation
     epochs: Optional[int] = None
-    """Passes over the data. Default: 500 in 2D (195,500 iterations), 100 in 1D (10,000 iterations) [paper]."""
+    """Passes over the data.
+    Default: 500 in 2D (195,500 iterations), 100 in 1D (10,000 iterations) [paper]."""
     batch_size: Optional[int] = None
     """Points a mini-batch. Default: 128 in 2D [paper], 64 in 1D [authors' code]."""
-    lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 1e-3
+    lr: float = 1e-3
     """Adam's learning rate [paper]."""
     lr_decay: Optional[float] = None
-    """The learning rate is multiplied by this every 10,000 updates of any network [authors' code]. Default: 0.99 in 2D
-    [paper], 1 in 1D [authors' code]."""
+    """The learning rate is multiplied by this every 10,000 updates of any network [authors' code].
+    Default: 0.99 in 2D [paper], 1 in 1D [authors' code]."""
     beta1: Optional[float] = None
     """Adam's first decay. Default: 0.8 in 2D [paper], 0.5 in 1D [authors' code]."""
     beta2: Optional[float] = None
     """Adam's second decay. Default: 0.999 in 2D [paper], 0.9 in 1D [authors' code]."""
 
-
-@dataclass
-class LoggingArgs:
+    # logging
     checkpoint_every: int = 10
     """Epochs between checkpoints; 0: only at the start, at the end and on a signal."""
 
 
-@dataclass
-class Args(RunArgs, DataArgs, ModelArgs, LossArgs, OptimisationArgs, LoggingArgs):
-    """Every flag, in the groups of --help."""
+def resolve(args: Args, name: str) -> Args:
+    """A copy of the arguments for one method, each default filled in that depends on another flag.
 
-
-def resolve(args: Args, method: str) -> Args:
-    """The arguments of one method, with every default filled in that depends on --dim or on the method; for the method
-    `all` the latter stay None."""
-    defaults = dict(make_problem(args.dim).defaults)
-    if method != "all":
-        two = args.dim == 2
-        defaults |= {"critic_steps": {"wgangp": 5 if two else 3, "distgan": 5 if two else 3, "ali": 5, "gan": 2}.get(
-            method, 1), "label_smoothing": 0.1 if method == "gan" else 0.0}
-    return dataclasses.replace(args, method=method, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    For `all`, the defaults that depend on the method stay None.
+    """
+    args = dataclasses.replace(args, method=name)
+    defaults = {"hidden_dim": (64, 4), "epochs": (500, 100), "batch_size": (128, 64),
+                "lr_decay": (0.99, 1.0), "beta1": (0.8, 0.5), "beta2": (0.999, 0.9)}  # 2D, 1D
+    if name != "all":
+        smoothing = METHODS[name].label_smoothing
+        defaults["critic_steps"] = METHODS[name].critic_steps
+        defaults["label_smoothing"] = (smoothing, smoothing)
+    for field, (in_2d, in_1d) in defaults.items():
+        if getattr(args, field) is None:
+            setattr(args, field, in_2d if args.dim == 2 else in_1d)
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------- data
+Prior = Callable[..., Tensor]  # prior(*shape, rng=torch.Generator): draws of that shape
+
+
+def uniform(*shape: int, rng: torch.Generator) -> Tensor:
+    """U(-1, 1) of the given shape."""
+    return torch.rand(*shape, generator=rng) * 2 - 1
+
+
+def normal(*shape: int, rng: torch.Generator) -> Tensor:
+    """N(0, 1) of the given shape."""
+    return torch.randn(*shape, generator=rng)
+
+
 @dataclass(frozen=True)
 class Problem:
     """A data set, the same for every seed and run, and what belongs to it."""
@@ -168,43 +172,35 @@ class Problem:
     points: Tensor  # the data, [N, dim]
     centers: Tensor  # the modes' centres, [M, dim]
     radius: float  # a sample this close to a centre counts as the mode's
-    prior: Callable[..., Tensor]  # of z, unless the method has its own; called like torch.rand
+    prior: Prior  # of z, unless the method has its own
     output: Callable[[Tensor], Tensor]  # the last operation of G
-    discriminator_layers: int  # hidden layers of D beyond those of E and G
-    defaults: dict[str, float]  # of flags left out
-
-
-def uniform(*shape: int, generator: torch.Generator) -> Tensor:
-    """U(-1, 1) of the given shape."""
-    return torch.rand(*shape, generator=generator) * 2 - 1
 
 
 @functools.cache
 def make_problem(dim: int) -> Problem:
-    """2D: 25 modes of 2,000 points each, standard deviation 0.05, scaled into [0, 1] by the largest coordinate
-    [authors' data file]. 1D: 6,400 points of three equally likely modes of standard deviation 0.5 at -4, 0, 4 [ours].
+    """The data set of --dim 2 or 1.
 
-    The radius is 2 sqrt(2) standard deviations: in 2D sqrt(2) 0.1 in the original coordinates [authors' code], which
-    98.1% of the real points satisfy.
+    2D: 25 modes of 2,000 points each, standard deviation 0.05, scaled into [0, 1] by the largest
+    coordinate [authors' data file]. 1D: 6,400 points of three equally likely modes of standard
+    deviation 0.5 at -4, 0, 4 [ours].
+
+    The radius is 2 sqrt(2) standard deviations [2D: authors' code]. 98.1% of the real points in 2D
+    lie within it.
     """
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     if dim == 1:
         centers = torch.tensor([[-4.0], [0.0], [4.0]])
-        points = centers[torch.arange(6400) % 3] + 0.5 * torch.randn(6400, 1, generator=generator)
-        return Problem("3 Gaussians in 1D", points, centers, 2 * math.sqrt(2) * 0.5, torch.randn, lambda v: v, -1, {
-            "hidden_dim": 4, "epochs": 100, "batch_size": 64, "lr_decay": 1.0, "beta1": 0.5, "beta2": 0.9})
+        points = centers[torch.arange(6400) % 3] + 0.5 * torch.randn(6400, 1, generator=rng)
+        radius = 2 * math.sqrt(2) * 0.5
+        return Problem("3 Gaussians in 1D", points, centers, radius, prior=normal, output=lambda x: x)
     axis = torch.arange(-4.0, 5.0, 2.0)
     centers = torch.cartesian_prod(axis, axis)
-    points = centers.repeat_interleave(2000, 0) + 0.05 * torch.randn(50000, 2, generator=generator)
+    points = centers.repeat_interleave(2000, 0) + 0.05 * torch.randn(50000, 2, generator=rng)
     scale = points.abs().max()
-    points, centers, radius = (points / scale + 1) / 2, (centers / scale + 1) / 2, 2 * math.sqrt(2) * 0.05 / scale / 2
-    return Problem("25 Gaussians in 2D", points, centers, float(radius), uniform, torch.sigmoid, 0, {
-        "hidden_dim": 64, "epochs": 500, "batch_size": 128, "lr_decay": 0.99, "beta1": 0.8, "beta2": 0.999})
-
-
-def draw_seed(*key: int) -> int:
-    """A seed for a generator (the CPU's takes 32 bits) from numbers such as (seed, epoch)."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    radius = float(2 * math.sqrt(2) * 0.05 / scale / 2)
+    points = (points / scale + 1) / 2
+    centers = (centers / scale + 1) / 2
+    return Problem("25 Gaussians in 2D", points, centers, radius, prior=uniform, output=torch.sigmoid)
 
 
 def epoch_length(args: Args) -> int:
@@ -212,34 +208,47 @@ def epoch_length(args: Args) -> int:
     return math.ceil(len(make_problem(args.dim).points) / args.batch_size)
 
 
-def draw_epoch(args: Args, epoch: int) -> dict[str, Tensor]:
-    """Every random number of one epoch (counted from 0) of args.method: a function of each seed and the epoch alone.
+class Draws(NamedTuple):
+    """A mini-batch and its random numbers. Of an iteration each is [K, S, B, ...], of an epoch
+    [I, K, S, B, ...], with S seeds, K updates of D an iteration and I iterations."""
+    x: Tensor  # real points, [B, dim]
+    z: Tensor  # from the prior, [B, dim]
+    mix: Tensor  # mu of V_P, U(0, 1), [B, 1]
+    noise: Tensor  # a stochastic encoder's, N(0, 1), [B, dim]; of another encoder [B, 0]
 
-    An epoch is ceil(N / B) mini-batches of B points; the last is filled from another permutation. D updates beyond
-    the first of an iteration get mini-batches of their own, drawn with replacement. With I iterations, K D updates an
-    iteration and S seeds: x [I, K, S, B, dim], z [I, K, S, B, dim] from the prior, mix [I, K, S, B, 1] ~ U(0, 1)
-    (mu of V_P) and noise [I, K, S, B, dim] ~ N(0, 1) (the stochastic encoders').
+
+def draw_epoch(args: Args, epoch: int) -> Draws:
+    """All draws of an epoch (counted from 0) of args.method: functions of each seed and the epoch alone.
+
+    An epoch is ceil(N / B) mini-batches of B points; the last is filled from another permutation.
+    D's updates beyond the first of an iteration get mini-batches of their own, drawn with replacement.
     """
-    problem, method = make_problem(args.dim), METHODS[args.method]
-    n, batch, steps, iterations = len(problem.points), args.batch_size, args.critic_steps, epoch_length(args)
-    draws = {"x": [], "z": [], "mix": [], "noise": []}
+    problem = make_problem(args.dim)
+    method = METHODS[args.method]
+    prior = method.prior or problem.prior
+    n, iterations, batch = len(problem.points), epoch_length(args), args.batch_size
+    shape = (iterations, args.critic_steps, batch)
+    seeds = []
     for seed in range(args.seed, args.seed + args.num_seeds):
-        g = torch.Generator().manual_seed(draw_seed(seed, epoch))
-        order = torch.cat([torch.randperm(n, generator=g) for _ in range(1 + math.ceil(batch / n))])
-        index = torch.randint(n, (iterations, steps, batch), generator=g)
-        index[:, 0] = order[: iterations * batch].view(iterations, batch)
-        draws["x"].append(problem.points[index])
-        draws["z"].append((method.prior or problem.prior)(iterations, steps, batch, args.dim, generator=g))
-        draws["mix"].append(torch.rand(iterations, steps, batch, 1, generator=g))
-        if method.stochastic_encoder:
-            draws["noise"].append(torch.randn(iterations, steps, batch, args.dim, generator=g))
-    return {k: torch.stack(v, 2) for k, v in draws.items() if v}
+        rng = torch.Generator().manual_seed(draw_seed(seed, epoch))
+        passes = [torch.randperm(n, generator=rng) for _ in range(1 + math.ceil(batch / n))]
+        index = torch.randint(n, shape, generator=rng)
+        index[:, 0] = torch.cat(passes)[: iterations * batch].view(iterations, batch)
+        seeds.append(Draws(
+            x=problem.points[index],
+            z=prior(*shape, args.dim, rng=rng),
+            mix=torch.rand(*shape, 1, generator=rng),
+            noise=normal(*shape, args.dim if method.stochastic_encoder else 0, rng=rng)))
+    return Draws(*(torch.stack(values, 2) for values in zip(*seeds)))
 
 
 # ------------------------------------------------------------------------------------------------------ networks
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x [B, in] @ w [in, out]. Products with only a few inputs or outputs are written as sums over them, which the
-    compiler fuses with their neighbours; a library call for each takes longer than the arithmetic."""
+    """x [B, in] @ w [in, out].
+
+    A product with only a few inputs or outputs is written as a sum over them. The compiler fuses it
+    with its neighbours, where a library call takes longer than the arithmetic.
+    """
     if w.shape[0] <= 4:
         return sum(x[:, k : k + 1] * w[k] for k in range(w.shape[0]))
     if w.shape[1] <= 4:
@@ -249,9 +258,9 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 @dataclass
 class MLP:
-    """A fully connected network of one seed, [B, in] -> output of [B, out], with ReLUs between its layers."""
+    """A fully connected network of one seed, ReLUs between its layers: [B, in] -> output([B, out])."""
     params: Params
-    output: Callable[[Tensor], Tensor] = lambda v: v
+    output: Callable[[Tensor], Tensor] = lambda x: x
 
     def hidden(self, x: Tensor) -> list[Tensor]:
         """The hidden layers' activations after ReLU, each [B, H]."""
@@ -270,31 +279,42 @@ class MLP:
         return self.output(self.last(self.hidden(x)[-1]))
 
 
-def init_mlp(sizes: list[int], generator: torch.Generator) -> Params:
-    """Weights N(0, 2 / fan_in) [authors' 2D code], biases U(-1, 1) / sqrt(fan_in) [ours]: zero biases would start the
-    kinks of a first layer's ReLUs all at (0, 0), a corner of the 2D data."""
+def to_logits(x: Tensor) -> Tensor:
+    """The last operation of D: [B, 1] -> [B]."""
+    return x[:, 0]
+
+
+def init_mlp(sizes: list[int], rng: torch.Generator) -> Params:
+    """Weights N(0, 2 / fan_in) [authors' 2D code], biases U(-1, 1) / sqrt(fan_in) [ours].
+
+    Zero biases would start all kinks of a first layer's ReLUs at (0, 0), a corner of the 2D data.
+    """
     params = {}
     for k, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
-        params[f"w{k}"] = torch.randn(fan_in, fan_out, generator=generator) * math.sqrt(2 / fan_in)
-        params[f"b{k}"] = uniform(fan_out, generator=generator) * (1 / math.sqrt(fan_in))
+        params[f"w{k}"] = torch.randn(fan_in, fan_out, generator=rng) * math.sqrt(2 / fan_in)
+        params[f"b{k}"] = uniform(fan_out, rng=rng) * (1 / math.sqrt(fan_in))
     return params
 
 
-def init_networks(args: Args, device: torch.device) -> dict[str, Params]:
-    """The weights of args.method's networks, drawn on the CPU, of all seeds: {network: {w0: [S, in, out], ...}}."""
-    d, hidden, updates = args.dim, [args.hidden_dim] * args.hidden_layers, METHODS[args.method].losses(args)
-    sizes = {"generator": [d, *hidden, d]}
-    if {"autoencoder", "encoder"} & updates.keys():
-        sizes["encoder"] = [d, *hidden, 2 * d if METHODS[args.method].stochastic_encoder else d]
-    if "discriminator" in updates:  # ALI's judges pairs (x, z)
-        hidden = hidden[: len(hidden) + make_problem(d).discriminator_layers]
-        sizes["discriminator"] = [2 * d if args.method == "ali" else d, *hidden, 1]
+def init_networks(args: Args, device: torch.device) -> Networks:
+    """The networks of args.method, drawn on the CPU, so that every device starts from the same weights."""
+    method = METHODS[args.method]
+    trained = method.objectives(args).keys()
+    hidden = [args.hidden_dim] * args.hidden_layers
+    sizes = {"generator": [args.dim, *hidden, args.dim]}
+    if "autoencoder" in trained or "encoder" in trained:
+        outputs = 2 * args.dim if method.stochastic_encoder else args.dim
+        sizes["encoder"] = [args.dim, *hidden, outputs]
+    if "discriminator" in trained:
+        inputs = 2 * args.dim if method.judges_pairs else args.dim
+        sizes["discriminator"] = [inputs, *(hidden if args.dim == 2 else hidden[1:]), 1]
     seeds = []
     for seed in range(args.seed, args.seed + args.num_seeds):
-        generator = torch.Generator().manual_seed(seed)
-        seeds.append({name: init_mlp(widths, generator) for name, widths in sizes.items()})
-    networks = {name: {k: torch.stack([s[name][k] for s in seeds]).to(device) for k in seeds[0][name]}
-                for name in sizes}
+        rng = torch.Generator().manual_seed(seed)
+        seeds.append({name: init_mlp(widths, rng) for name, widths in sizes.items()})
+    networks = {}
+    for name, params in seeds[0].items():
+        networks[name] = {k: torch.stack([one[name][k] for one in seeds]).to(device) for k in params}
     if args.ema:
         networks["generator_ema"] = {k: v.clone() for k, v in networks["generator"].items()}
     return networks
@@ -302,22 +322,24 @@ def init_networks(args: Args, device: torch.device) -> dict[str, Params]:
 
 # -------------------------------------------------------------------------------------------------------- losses
 def l2_norm(v: Tensor) -> Tensor:
-    """L2 norm of each sample of v [B, dim], [B]; the small constant keeps its gradient finite at 0."""
+    """L2 norm of each row of v [B, dim], [B]; the small constant keeps its gradient finite at 0."""
     return (v.square().sum(-1) + 1e-12).sqrt()
 
 
 def logit_and_gradient(discriminator: MLP, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B] of x [B, dim] and each one's gradient with respect to its x [B, dim].
 
-    A ReLU network is linear around x: its gradient is the product W_1 M_1 W_2 M_2 ... w of the weights, masked by
-    which units are on. Written out, it is differentiated once more like any other expression. That is exact, since
-    the masks' derivative is 0 almost everywhere, and saves the second-order graph of a double backward.
+    A ReLU network is linear around x: its gradient is the product W_1 M_1 W_2 M_2 ... w of the weights,
+    masked by which units are on. Written out, it is differentiated once more like any expression.
+    That is exact, since the masks' derivative is 0 almost everywhere, and saves a double backward.
     """
-    hidden, params = discriminator.hidden(x), discriminator.params
+    params = discriminator.params
+    hidden = discriminator.hidden(x)
     gradient = params[f"w{len(hidden)}"].mT
     for k in reversed(range(len(hidden))):
         gradient = product(torch.where(hidden[k] > 0, gradient, 0.0), params[f"w{k}"].mT)
-    return discriminator.output(discriminator.last(hidden[-1])), gradient
+    logit = discriminator.output(discriminator.last(hidden[-1]))
+    return logit, gradient
 
 
 def score_and_gradient(discriminator: MLP, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,7 +350,7 @@ def score_and_gradient(discriminator: MLP, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def real_loss(logit: Tensor, smoothing: float = 0.0) -> Tensor:
-    """-E log D for logits [B]; with one-sided label smoothing s: -(1 - s) E log D - s E log(1 - D). Scalar."""
+    """-E log D for logits [B], scalar; with label smoothing s: -(1 - s) E log D - s E log(1 - D)."""
     return (F.softplus(-logit) + smoothing * logit).mean()
 
 
@@ -342,41 +364,47 @@ def squared_error(real: Tensor, reconstruction: Tensor) -> Tensor:
     return (real - reconstruction).square().sum(-1).mean()
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, reconstruction: Tensor, alpha: float = 0.05) -> Tensor:
-    """-V_D of Eq. 7 without its penalty, for logits [B] of real, generated and reconstructed points;
-    reconstructions count as real. Scalar."""
-    return (1 - alpha) * real_loss(real) + alpha * real_loss(reconstruction) + fake_loss(fake)
-
-
-def gradient_penalty(discriminator: MLP, real: Tensor, fake: Tensor, mix: Tensor, penalty: str = "l2") -> Tensor:
+def gradient_penalty(discriminator: MLP, real: Tensor, fake: Tensor, mix: Tensor,
+                     penalty: str = "l2") -> Tensor:
     """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8); scalar.
 
-    real, fake [B, dim]; mix [B, 1] from U(0, 1). penalty: score, the norm of the sigmoid score's gradient; l2, of the
-    logit's; rms, of the logit's over sqrt(dim).
+    real, fake [B, dim]; mix [B, 1] from U(0, 1). penalty: score, the norm of the sigmoid score's
+    gradient; l2, of the logit's; rms, of the logit's over sqrt(dim).
     """
     point = mix * real + (1 - mix) * fake
-    gradient = (score_and_gradient if penalty == "score" else logit_and_gradient)(discriminator, point)[1]
-    slope = l2_norm(gradient) / math.sqrt(point.shape[-1]) if penalty == "rms" else l2_norm(gradient)
+    if penalty == "score":
+        _, gradient = score_and_gradient(discriminator, point)
+    else:
+        _, gradient = logit_and_gradient(discriminator, point)
+    slope = l2_norm(gradient)
+    if penalty == "rms":
+        slope = slope / math.sqrt(point.shape[-1])
     return (slope - 1).square().mean()
 
 
 def gradient_matching(discriminator: MLP, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three terms of V_G (Eq. 13) before their weights, with the norms inside the expectations: |E D(x) - E D(G)|,
-    (E ||grad D(x)|| - E ||grad D(G)||)^2 and (E |grad D(x)'x| - E |grad D(G)'G|)^2; scalars. D: the sigmoid score."""
-    (score_real, grad_real), (score_fake, grad_fake) = (score_and_gradient(discriminator, x) for x in (real, fake))
-    norm_term = (l2_norm(grad_real).mean() - l2_norm(grad_fake).mean()).square()
-    inner_real, inner_fake = (grad_real * real).sum(-1).abs(), (grad_fake * fake).sum(-1).abs()
-    return ((score_real.mean() - score_fake.mean()).abs(), norm_term,
-            (inner_real.mean() - inner_fake.mean()).square())
+    """The three terms of V_G (Eq. 13) before their weights, scalars, for points [B, dim].
+
+    |E D(x) - E D(G)|, (E ||grad D(x)|| - E ||grad D(G)||)^2 and (E |grad D(x)'x| - E |grad D(G)'G|)^2.
+    D here is the sigmoid score.
+    """
+    score_real, gradient_real = score_and_gradient(discriminator, real)
+    score_fake, gradient_fake = score_and_gradient(discriminator, fake)
+    inner_real = (gradient_real * real).sum(-1).abs()
+    inner_fake = (gradient_fake * fake).sum(-1).abs()
+    score_term = (score_real.mean() - score_fake.mean()).abs()
+    norm_term = (l2_norm(gradient_real).mean() - l2_norm(gradient_fake).mean()).square()
+    inner_term = (inner_real.mean() - inner_fake.mean()).square()
+    return score_term, norm_term, inner_term
 
 
 def latent_data_distance(fake: Tensor, reconstruction: Tensor, z: Tensor, latent: Tensor) -> Tensor:
-    """Dist-GAN: (E[G(E(x)) - G(z)] - E[E(x) - z])^2, the means over batch and coordinates. Scalar."""
+    """Dist-GAN: (E[G(E(x)) - G(z)] - E[E(x) - z])^2, means over batch and coordinates. Scalar."""
     return ((reconstruction - fake).mean() - (latent - z).mean()).square()
 
 
 def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
-    """E KL(N(mean, exp(log_var)) || N(0, I)) of [B, d] (Kingma and Welling 2014, appendix B); scalar."""
+    """E KL(N(mean, exp(log_var)) || N(0, I)) of [B, d] (Kingma and Welling 2014, app. B); scalar."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1).mean()
 
 
@@ -387,235 +415,294 @@ def encode_sample(encoder: MLP, x: Tensor, noise: Tensor) -> tuple[Tensor, Tenso
 
 
 # ------------------------------------------------------------------------------------------------------- methods
-# A method is its losses, one an update, in the order of the updates. Each maps the networks of one seed and one
-# mini-batch's draws (x, z [B, dim], mix [B, 1], noise [B, dim]) to a scalar; vmap runs it over the seeds. Its key
-# names the network that it trains; "autoencoder" trains E and G.
-Draws = dict[str, Tensor]
-Loss = Callable[[MLP, MLP, MLP, Draws], Tensor]
+# A method is its objectives, one an update, each a function of E, G and D of one seed and a mini-batch's
+# draws. It returns the loss that is minimised, a scalar, and what to watch: scalars by name.
+Result = tuple[Tensor, Terms]
 
 
-def gngan(args: Args) -> dict[str, Loss]:
-    """Algorithm 1: one mini-batch x and one z for all three updates; no neighbour embedding in 1D and 2D [paper]."""
-    def autoencoder(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:  # Eq. 1, mean over coordinates [authors' code]
-        return squared_error(draws["x"], G(E(draws["x"]))) / args.dim
-
-    def discriminator(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:  # Eq. 7; Dist-GAN: reconstructions are half
-        x, fake = draws["x"], G(draws["z"])
-        logits = D(torch.cat([x, fake, G(E(x))])).chunk(3)
-        penalty = gradient_penalty(D, x, fake, draws["mix"], args.penalty)
-        alpha = args.alpha if args.method == "gngan" else 0.5
-        return discriminator_loss(*logits, alpha) + args.lambda_p * penalty
-
-    def generator(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:  # Eq. 13
-        score_term, norm_term, inner_term = gradient_matching(D, draws["x"], G(draws["z"]))
-        return score_term + args.lambda_m1 * norm_term + args.lambda_m2 * inner_term
-
-    return {"autoencoder": autoencoder, "discriminator": discriminator, "generator": generator}
+def gngan_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Eq. 1 as its mean over coordinates [authors' code]; no neighbour embedding here [paper]."""
+    return squared_error(draws.x, G(E(draws.x))) / args.dim, {}
 
 
-def distgan(args: Args) -> dict[str, Loss]:
-    """Tran, Bui and Cheung 2018, as in the authors' toy code; reconstructions are labelled real, as in its paper."""
-    def autoencoder(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:
-        x, z, latent = draws["x"], draws["z"], E(draws["x"])
-        logit = G.last(G.hidden(latent)[-1])
-        if args.dim == 2:  # x lies in [0, 1]: cross-entropy
-            error, reconstruction = F.binary_cross_entropy_with_logits(logit, x), torch.sigmoid(logit)
-        else:  # x in place of its reconstruction in the distance
-            error, reconstruction = squared_error(x, logit), x
-        return error + args.lambda_r * latent_data_distance(G(z), reconstruction, z, latent)
-
-    def generator(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:
-        score_real, score_fake = torch.sigmoid(D(torch.cat([draws["x"], G(draws["z"])]))).chunk(2)
-        return (score_real.mean() - score_fake.mean()).abs()
-
-    return {**gngan(args), "autoencoder": autoencoder, "generator": generator}
+def reconstructing_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws, alpha: float) -> Result:
+    """-V_D of Eq. 7 with its penalty. alpha: share of the reconstructions among the reals."""
+    fake = G(draws.z)
+    real, generated, reconstructed = D(torch.cat([draws.x, fake, G(E(draws.x))])).chunk(3)
+    loss = (1 - alpha) * real_loss(real) + alpha * real_loss(reconstructed) + fake_loss(generated)
+    penalty = gradient_penalty(D, draws.x, fake, draws.mix, args.penalty)
+    return loss + args.lambda_p * penalty, {"gradient_penalty": penalty}
 
 
-def gan(args: Args) -> dict[str, Loss]:
-    """Goodfellow et al. 2014, non-saturating."""
-    def discriminator(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:
-        real, fake = D(torch.cat([draws["x"], G(draws["z"])])).chunk(2)
-        return real_loss(real, args.label_smoothing) + fake_loss(fake)
-
-    return {"discriminator": discriminator, "generator": lambda E, G, D, draws: real_loss(D(G(draws["z"])))}
+def gngan_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    return reconstructing_discriminator(args, E, G, D, draws, args.alpha)
 
 
-def wgangp(args: Args) -> dict[str, Loss]:
+def gngan_generator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Eq. 13, on the x and z of the other two updates (Algorithm 1)."""
+    score_term, norm_term, inner_term = gradient_matching(D, draws.x, G(draws.z))
+    loss = score_term + args.lambda_m1 * norm_term + args.lambda_m2 * inner_term
+    terms = {"score_matching": score_term, "norm_matching": norm_term, "inner_matching": inner_term}
+    return loss, terms
+
+
+def distgan_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Tran, Bui and Cheung 2018, as in their toy code."""
+    latent = E(draws.x)
+    logit = G.last(G.hidden(latent)[-1])
+    if args.dim == 2:  # x lies in [0, 1]: cross-entropy
+        error = F.binary_cross_entropy_with_logits(logit, draws.x)
+        reconstruction = torch.sigmoid(logit)
+    else:  # x in place of its reconstruction in the distance
+        error = squared_error(draws.x, logit)
+        reconstruction = draws.x
+    distance = latent_data_distance(G(draws.z), reconstruction, draws.z, latent)
+    return error + args.lambda_r * distance, {"reconstruction": error, "latent_data_distance": distance}
+
+
+def distgan_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Reconstructions are labelled real [paper]."""
+    return reconstructing_discriminator(args, E, G, D, draws, alpha=0.5)
+
+
+def distgan_generator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    score_real, score_fake = torch.sigmoid(D(torch.cat([draws.x, G(draws.z)]))).chunk(2)
+    return (score_real.mean() - score_fake.mean()).abs(), {}
+
+
+def gan_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Goodfellow et al. 2014."""
+    real, generated = D(torch.cat([draws.x, G(draws.z)])).chunk(2)
+    return real_loss(real, args.label_smoothing) + fake_loss(generated), {}
+
+
+def gan_generator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Non-saturating."""
+    return real_loss(D(G(draws.z))), {}
+
+
+def wgangp_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
     """Gulrajani et al. 2017; the critic is the logit."""
-    def discriminator(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:
-        x, fake = draws["x"], G(draws["z"])
-        critic_real, critic_fake = D(torch.cat([x, fake])).chunk(2)
-        penalty = gradient_penalty(D, x, fake, draws["mix"], args.penalty)
-        return critic_fake.mean() - critic_real.mean() + args.lambda_p * penalty
-
-    return {"discriminator": discriminator, "generator": lambda E, G, D, draws: -D(G(draws["z"])).mean()}
+    fake = G(draws.z)
+    critic_real, critic_fake = D(torch.cat([draws.x, fake])).chunk(2)
+    penalty = gradient_penalty(D, draws.x, fake, draws.mix, args.penalty)
+    loss = critic_fake.mean() - critic_real.mean() + args.lambda_p * penalty
+    return loss, {"gradient_penalty": penalty}
 
 
-def ali(args: Args) -> dict[str, Loss]:
-    """Dumoulin et al. 2017: D tells pairs (x, E(x)) from (G(z), z)."""
-    def judge(E: MLP, G: MLP, D: MLP, draws: Draws) -> tuple[Tensor, Tensor]:
-        encoded = torch.cat([draws["x"], encode_sample(E, draws["x"], draws["noise"])[0]], -1)
-        generated = torch.cat([G(draws["z"]), draws["z"]], -1)
-        return D(torch.cat([encoded, generated])).chunk(2)
-
-    def discriminator(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:
-        encoded, generated = judge(E, G, D, draws)
-        return real_loss(encoded, args.label_smoothing) + fake_loss(generated)
-
-    def autoencoder(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:  # against D: labels swapped, so non-saturating
-        encoded, generated = judge(E, G, D, draws)
-        return fake_loss(encoded) + real_loss(generated)
-
-    return {"discriminator": discriminator, "autoencoder": autoencoder}
+def wgangp_generator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    return -D(G(draws.z)).mean(), {}
 
 
-def vaegan(args: Args) -> dict[str, Loss]:
-    """Larsen et al. 2016: the reconstruction is judged at D's last hidden layer, a Gaussian of unit deviation."""
-    def feature_error(D: MLP, real: Tensor, reconstruction: Tensor) -> Tensor:
-        return 0.5 * squared_error(*D.hidden(torch.cat([real, reconstruction]))[-1].chunk(2))
-
-    def encoder(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:
-        latent, mean, log_var = encode_sample(E, draws["x"], draws["noise"])
-        return args.vaegan_kl * kl_divergence(mean, log_var) + feature_error(D, draws["x"], G(latent))
-
-    def generator(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:
-        reconstruction = G(encode_sample(E, draws["x"], draws["noise"])[0])
-        fake, rebuilt = D(torch.cat([G(draws["z"]), reconstruction])).chunk(2)
-        error = feature_error(D, draws["x"], reconstruction)
-        return args.vaegan_gamma * error + real_loss(rebuilt) + real_loss(fake)
-
-    def discriminator(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:
-        reconstruction = G(encode_sample(E, draws["x"], draws["noise"])[0])
-        real, fake, rebuilt = D(torch.cat([draws["x"], G(draws["z"]), reconstruction])).chunk(3)
-        return real_loss(real) + fake_loss(rebuilt) + fake_loss(fake)
-
-    return {"encoder": encoder, "generator": generator, "discriminator": discriminator}
+def judge_pairs(E: MLP, G: MLP, D: MLP, draws: Draws) -> tuple[Tensor, Tensor]:
+    """ALI: logits of the pairs (x, E(x)) and (G(z), z), each [B]."""
+    latent, _, _ = encode_sample(E, draws.x, draws.noise)
+    encoded = torch.cat([draws.x, latent], -1)
+    generated = torch.cat([G(draws.z), draws.z], -1)
+    return D(torch.cat([encoded, generated])).chunk(2)
 
 
-def vae(args: Args) -> dict[str, Loss]:
-    """Kingma and Welling 2014, and beta-VAE, Higgins et al. 2017."""
-    def autoencoder(E: MLP, G: MLP, D: MLP, draws: Draws) -> Tensor:
-        latent, mean, log_var = encode_sample(E, draws["x"], draws["noise"])
-        error = squared_error(draws["x"], G(latent)) / (2 * args.vae_sigma**2)
-        return error + (args.vae_beta if args.method == "betavae" else 1.0) * kl_divergence(mean, log_var)
+def ali_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Dumoulin et al. 2017."""
+    encoded, generated = judge_pairs(E, G, D, draws)
+    return real_loss(encoded, args.label_smoothing) + fake_loss(generated), {}
 
-    return {"autoencoder": autoencoder}
+
+def ali_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """D's loss with the labels swapped, so non-saturating."""
+    encoded, generated = judge_pairs(E, G, D, draws)
+    return fake_loss(encoded) + real_loss(generated), {}
+
+
+def vaegan_encoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Larsen et al. 2016."""
+    latent, mean, log_var = encode_sample(E, draws.x, draws.noise)
+    divergence = kl_divergence(mean, log_var)
+    loss = args.vaegan_kl * divergence + feature_error(D, draws.x, G(latent))
+    return loss, {"kl_divergence": divergence}
+
+
+def vaegan_generator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    latent, _, _ = encode_sample(E, draws.x, draws.noise)
+    reconstruction = G(latent)
+    generated, reconstructed = D(torch.cat([G(draws.z), reconstruction])).chunk(2)
+    error = feature_error(D, draws.x, reconstruction)
+    loss = args.vaegan_gamma * error + real_loss(reconstructed) + real_loss(generated)
+    return loss, {"feature_reconstruction": error}
+
+
+def vaegan_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    latent, _, _ = encode_sample(E, draws.x, draws.noise)
+    real, generated, reconstructed = D(torch.cat([draws.x, G(draws.z), G(latent)])).chunk(3)
+    return real_loss(real) + fake_loss(reconstructed) + fake_loss(generated), {}
+
+
+def vae_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws, beta: float = 1.0) -> Result:
+    """Kingma and Welling 2014. beta: weight of the Kullback-Leibler term."""
+    latent, mean, log_var = encode_sample(E, draws.x, draws.noise)
+    error = squared_error(draws.x, G(latent)) / (2 * args.vae_sigma**2)
+    divergence = kl_divergence(mean, log_var)
+    return error + beta * divergence, {"reconstruction": error, "kl_divergence": divergence}
+
+
+def betavae_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Higgins et al. 2017."""
+    return vae_autoencoder(args, E, G, D, draws, args.vae_beta)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method, and its row of table 2: mean and standard deviation of modes, points, TV (true), TV (differential)."""
+    """What --method trains, and how it differs from the other methods."""
     title: str
-    losses: Callable[[Args], dict[str, Loss]]
-    paper: list[tuple[float, float]]
+    objectives: Callable[[Args], Objectives]
+    paper: Optional[list[tuple[float, float]]] = None  # table 2: modes, points, TV true, TV diff
+    critic_steps: int = 1  # default of --critic-steps in 2D
+    critic_steps_1d: int = 1  # and in 1D
+    label_smoothing: float = 0.0  # default of --label-smoothing
+    prior: Optional[Prior] = None  # of z in training and sampling, instead of the problem's
     stochastic_encoder: bool = False  # E gives mean and log-variance
-    prior: Optional[Callable[..., Tensor]] = None  # of z in training and sampling, instead of the problem's
-    in_1d: bool = True  # figure 2 draws D(x) along the axis: these have one
+    judges_pairs: bool = False  # D's input is (x, z)
+    critic: bool = False  # D's output is a critic's, not a logit
 
 
 METHODS = {
-    "gan": Method("GAN", gan, [(14.25, 2.49), (1013.38, 171.73), (1.00, 0.00), (0.90, 0.22)]),
-    "ali": Method("ALI", ali, [(17.81, 1.80), (1281.43, 117.84), (0.99, 0.01), (0.72, 0.19)], True, in_1d=False),
-    "vaegan": Method("VAE-GAN", vaegan, [(12.75, 3.20), (1042.38, 170.17), (1.35, 0.70), (1.34, 0.98)], True,
-                     torch.randn),
-    "vae": Method("VAE", vae, [(13.48, 2.31), (1265.45, 72.47), (1.81, 0.71), (2.16, 0.72)], True, torch.randn, False),
-    "betavae": Method("β-VAE", vae, [(18.00, 2.33), (1321.17, 95.61), (1.17, 0.24), (1.47, 0.28)], True, torch.randn,
-                      False),
-    "wgangp": Method("WGAN-GP", wgangp, [(21.71, 1.35), (1180.25, 158.63), (0.90, 0.07), (0.51, 0.06)]),
-    "distgan": Method("Dist-GAN", distgan, [(20.71, 4.42), (1188.62, 311.91), (0.82, 0.19), (0.43, 0.12)]),
-    "gngan": Method("GN-GAN", gngan, [(24.39, 0.44), (1461.83, 222.86), (0.57, 0.17), (0.31, 0.12)]),
+    "gan": Method(
+        "GAN", gan, [(14.25, 2.49), (1013.38, 171.73), (1.00, 0.00), (0.90, 0.22)],
+        critic_steps=2, critic_steps_1d=2, label_smoothing=0.1),
+    "ali": Method(
+        "ALI", ali, [(17.81, 1.80), (1281.43, 117.84), (0.99, 0.01), (0.72, 0.19)],
+        critic_steps=5, stochastic_encoder=True, judges_pairs=True),
+    "vaegan": Method(
+        "VAE-GAN", vaegan, [(12.75, 3.20), (1042.38, 170.17), (1.35, 0.70), (1.34, 0.98)],
+        prior=normal, stochastic_encoder=True),
+    "vae": Method(
+        "VAE", vae, [(13.48, 2.31), (1265.45, 72.47), (1.81, 0.71), (2.16, 0.72)],
+        prior=normal, stochastic_encoder=True),
+    "betavae": Method(
+        "β-VAE", betavae, [(18.00, 2.33), (1321.17, 95.61), (1.17, 0.24), (1.47, 0.28)],
+        prior=normal, stochastic_encoder=True),
+    "wgangp": Method(
+        "WGAN-GP", wgangp, [(21.71, 1.35), (1180.25, 158.63), (0.90, 0.07), (0.51, 0.06)],
+        critic_steps=5, critic_steps_1d=3, critic=True),
+    "distgan": Method(
+        "Dist-GAN", distgan, [(20.71, 4.42), (1188.62, 311.91), (0.82, 0.19), (0.43, 0.12)],
+        critic_steps=5, critic_steps_1d=3),
+    "gngan": Method(
+        "GN-GAN", gngan, [(24.39, 0.44), (1461.83, 222.86), (0.57, 0.17), (0.31, 0.12)]),
 }
+MethodName = Literal[*METHODS, "all"]  # the choices of --method
 
 
 # ---------------------------------------------------------------------------------------------------- train step
-def trained_by(args: Args, update: str) -> dict[str, str]:
-    """The optimisers that an update of args.method steps, each with the network that it trains."""
+def optimizers_of(args: Args, update: str) -> dict[str, str]:
+    """The networks that an update of args.method trains, each with the name of its optimiser."""
     if update != "autoencoder":
         return {update: update}
-    if "generator" not in METHODS[args.method].losses(args):  # G has no other update
+    if "generator" not in METHODS[args.method].objectives(args):  # G has no other update
         return {"encoder": "encoder", "generator": "generator"}
-    return {"both": {"encoder": "encoder", "generator": "generator"}, "encoder": {"encoder": "encoder"},
-            "separate": {"encoder": "encoder", "reconstruction": "generator"}}[args.autoencoder_updates]
+    return {"both": {"encoder": "encoder", "generator": "generator"},
+            "separate": {"encoder": "encoder", "generator": "reconstruction"},
+            "encoder": {"encoder": "encoder"}}[args.autoencoder_updates]
 
 
-def init_optimizers(args: Args, networks: dict[str, Params]) -> dict[str, dict]:
-    """Adam's moments, one set an optimiser: the number of steps, m and v. Adam normalises gradients: with moments of
-    its own (`reconstruction`) the autoencoder's update moves G as far as the generator's, however small its gradient.
+def init_optimizers(args: Args, networks: Networks) -> dict[str, dict]:
+    """Adam's state of each optimiser: the number of steps, and m and v of every weight.
+
+    Adam normalises gradients. With moments of its own (`reconstruction`) the autoencoder's update moves
+    G as far as the generator's, however small its gradient is.
     """
-    trained = {k: v for update in METHODS[args.method].losses(args) for k, v in trained_by(args, update).items()}
-    return {name: {"step": torch.zeros((), device=networks[network]["w0"].device),
-                   **{moment: {k: torch.zeros_like(v) for k, v in networks[network].items()} for moment in "mv"}}
-            for name, network in trained.items()}
+    optimizers = {}
+    for update in METHODS[args.method].objectives(args):
+        for network, name in optimizers_of(args, update).items():
+            params = networks[network]
+            optimizers[name] = {"step": torch.zeros((), device=params["w0"].device),
+                                "m": {k: torch.zeros_like(v) for k, v in params.items()},
+                                "v": {k: torch.zeros_like(v) for k, v in params.items()}}
+    return optimizers
 
 
-def make_train_step(args: Args, networks: dict[str, Params], optimizers: dict[str, dict],
-                    lr: Tensor) -> Callable[[Draws], dict[str, Tensor]]:
-    """`train_step(draws)`: one iteration of args.method, in place; returns each update's loss, [S].
+def adam_step(args: Args, params: Params, gradients: Params, optimizer: dict, lr: Tensor) -> None:
+    """One step of Adam on a network, all seeds, in place. (torch.optim's breaks a compiled graph.)"""
+    optimizer["step"] += 1
+    step_size = lr / (1 - args.beta1 ** optimizer["step"])
+    correction = (1 - args.beta2 ** optimizer["step"]).sqrt()
+    for k, weight in params.items():
+        g, m, v = gradients[k], optimizer["m"][k], optimizer["v"][k]
+        m.lerp_(g, 1 - args.beta1)
+        v.lerp_(g * g, 1 - args.beta2)
+        weight.sub_(step_size * m / (v.sqrt() / correction + 1e-8))
 
-    draws: one iteration's, each [K, S, B, ...]. lr: the learning rate, a tensor that is filled in place.
+
+def make_train_step(args: Args, networks: Networks, optimizers: dict[str, dict],
+                    lr: Tensor) -> Callable[[Draws], Terms]:
+    """`train_step(draws)`: one iteration of args.method, in place; its losses and terms, each [S].
+
+    draws: one iteration's, each [K, S, B, ...]. lr: the learning rate, a tensor to be filled in place.
     """
-    losses, output = METHODS[args.method].losses(args), make_problem(args.dim).output
+    objectives = METHODS[args.method].objectives(args)
+    output = make_problem(args.dim).output
 
-    def descend(update: str, draws: Draws) -> Tensor:
-        """One Adam step of the networks that the update trains. (torch.optim's step breaks a compiled graph in two,
-        hence Adam written out.)"""
-        optimizer_of = {network: optimizers[name] for name, network in trained_by(args, update).items()}
-        trained = {network: networks[network] for network in optimizer_of}
-        frozen = {name: params for name, params in networks.items() if name not in trained}
-
-        def loss_of_one_seed(trained: dict[str, Params], frozen: dict[str, Params], draws: Draws) -> Tensor:
+    def differentiate(objective: Objective, trained: list[str], batch: Draws) -> tuple:
+        """Loss and terms of every seed, each [S], and gradients of the networks named in `trained`."""
+        def of_one_seed(trained: Networks, frozen: Networks, batch: Draws) -> Result:
             params = {**frozen, **trained}
-            E, G, D = (params.get(name, {}) for name in ("encoder", "generator", "discriminator"))
-            return losses[update](MLP(E), MLP(G, output), MLP(D, lambda v: v[:, 0]), draws)
+            E = MLP(params.get("encoder", {}))  # what the method does not train is empty
+            G = MLP(params["generator"], output)
+            D = MLP(params.get("discriminator", {}), to_logits)
+            return objective(E, G, D, batch)
 
-        gradients, loss = torch.vmap(torch.func.grad_and_value(loss_of_one_seed))(trained, frozen, draws)
-        for network, adam in optimizer_of.items():
-            adam["step"] += 1
-            step_size = lr / (1 - args.beta1 ** adam["step"])
-            correction = (1 - args.beta2 ** adam["step"]).sqrt()
-            for k, weight in trained[network].items():
-                g, m, v = gradients[network][k], adam["m"][k], adam["v"][k]
-                m.lerp_(g, 1 - args.beta1)
-                v.lerp_(g * g, 1 - args.beta2)
-                weight.sub_(step_size * m / (v.sqrt() / correction + 1e-8))
-        return loss
+        gradients, (loss, terms) = torch.vmap(torch.func.grad_and_value(of_one_seed, has_aux=True))(
+            {name: networks[name] for name in trained},
+            {name: networks[name] for name in networks if name not in trained}, batch)
+        return loss, terms, gradients
 
-    def train_step(draws: Draws) -> dict[str, Tensor]:
-        values = {}
-        for update in losses:  # D may take several steps, each on its own mini-batch; the others take the first
-            for i in range(args.critic_steps if update == "discriminator" else 1):
-                values[update] = descend(update, {k: v[i] for k, v in draws.items()})
+    def train_step(draws: Draws) -> Terms:
+        losses = {}
+        for update, objective in objectives.items():  # GN-GAN, Algorithm 1: autoencoder, D, G
+            optimizer_of = optimizers_of(args, update)
+            for k in range(args.critic_steps if update == "discriminator" else 1):
+                batch = Draws(*(values[k] for values in draws))
+                loss, terms, gradients = differentiate(objective, list(optimizer_of), batch)
+                for network, name in optimizer_of.items():
+                    adam_step(args, networks[network], gradients[network], optimizers[name], lr)
+            losses |= {update: loss, **terms}
         if args.ema:
-            for k, v in networks["generator_ema"].items():
-                v.lerp_(networks["generator"][k], 1 - args.ema)
-        return values
+            for k, average in networks["generator_ema"].items():
+                average.lerp_(networks["generator"][k], 1 - args.ema)
+        return losses
 
     return train_step
 
 
 def learning_rate(args: Args, iteration: int) -> float:
-    """The learning rate of an iteration, counted from 0; every update of a network counts as a step of the decay."""
-    updates = sum(args.critic_steps if name == "discriminator" else 1 for name in METHODS[args.method].losses(args))
+    """The learning rate of an iteration, counted from 0. Every update of a network counts."""
+    updates = len(METHODS[args.method].objectives(args))
+    if "discriminator" in METHODS[args.method].objectives(args):
+        updates += args.critic_steps - 1
     return args.lr * args.lr_decay ** (iteration * updates // 10000)
 
 
 # --------------------------------------------------------------------------------------------------- evaluation
-METRICS = {"modes": "modes", "points": "points", "tv_true": "TV true *", "tv_diff": "TV diff *"}
-VARIANTS = {"": "", "_ema": ", averaged G", "_uniform": ", z uniform"}  # of an evaluation: key's ending, title's
 AXIS = torch.linspace(-6.95, 6.95, 140)  # the middles of figure 2's bins
+# What is evaluated: the ending of a score's key and of the method's title
+VARIANTS = {"": "", "_ema": ", averaged G", "_uniform": ", z uniform"}
 
 
 def register(samples: Tensor, centers: Tensor, radius: float) -> dict[str, Tensor]:
     """Table 2's columns for samples [S, n, dim], one value a seed, [S].
 
-    A sample registers to a mode within `radius` of its centre; a mode is covered when a quarter of its fair share
-    of the samples registers to it: 20 of 2,000 for 25 modes [paper]. With p_i mode i's share of the registered
-    samples, tv_true = sum_i |p_i - 1/M| and tv_diff = sum_i |p_{i+1} - p_i| in the grid's order [ours: the paper
-    does not define its two columns, and its values are out of these definitions' range].
+    A sample registers to a mode within `radius` of its centre. A mode is covered when a quarter of its
+    fair share of the samples registers to it: 20 of 2,000 for 25 modes [paper].
+
+    With p_i mode i's share of the registered samples, tv_true = sum_i |p_i - 1/M| and tv_diff =
+    sum_i |p_{i+1} - p_i| in the grid's order [ours]. The paper does not define these two columns, and
+    its values are out of our definitions' range.
     """
-    num_modes, fair_share = len(centers), samples.shape[1] / len(centers)
-    near = sum((samples[..., None, k] - centers[:, k]).square() for k in range(centers.shape[1])) <= radius**2
-    counts = near.sum(1).double()  # [S, M]
+    num_modes = len(centers)
+    fair_share = samples.shape[1] / num_modes
+    differences = [samples[..., None, k] - centers[:, k] for k in range(centers.shape[1])]
+    near = sum(difference.square() for difference in differences) <= radius**2  # [S, n, M]
+    counts = near.sum(1).double()
     points = counts.sum(1)
     share = counts / points.clamp_min(1)[:, None]
     return {"modes": (counts >= fair_share / 4).sum(1).double(), "points": points,
@@ -623,354 +710,418 @@ def register(samples: Tensor, centers: Tensor, radius: float) -> dict[str, Tenso
 
 
 def wasserstein_1d(samples: Tensor, data: Tensor) -> Tensor:
-    """Wasserstein-1 distance of samples [S, n, 1] to the data [N, 1]: the mean distance of their quantiles, [S]."""
+    """Wasserstein-1 distance, [S], of samples [S, n, 1] to data [N, 1]: mean distance of quantiles."""
     levels = (torch.arange(samples.shape[1]) + 0.5) / samples.shape[1]
     return (samples[..., 0].sort(1).values - torch.quantile(data[:, 0], levels)).abs().mean(1)
 
 
 def density(samples: Tensor) -> Tensor:
     """Histogram density of samples [S, n, 1] over figure 2's bins, [S, 140]."""
-    return torch.stack([torch.histc(s.float(), 140, -7, 7) for s in samples[..., 0]]) / (samples.shape[1] * 0.1)
+    counts = torch.stack([torch.histc(of_seed.float(), 140, -7, 7) for of_seed in samples[..., 0]])
+    return counts / (samples.shape[1] * 0.1)
 
 
-def sample(args: Args, networks: dict[str, Params], epoch: int, count: int, variant: str = "") -> Tensor:
-    """G(z) of every seed, [S, count, dim] on the CPU: a function of the weights, each seed and the epoch."""
+def sample_points(args: Args, networks: Networks, epoch: int, count: int,
+                  variant: str = "") -> Tensor:
+    """G(z) of every seed, [S, count, dim] on the CPU: a function of weights, seed and epoch."""
     problem = make_problem(args.dim)
-    prior = problem.prior if variant == "_uniform" else METHODS[args.method].prior or problem.prior
+    prior = METHODS[args.method].prior or problem.prior
+    if variant == "_uniform":
+        prior = problem.prior
     params = networks["generator_ema" if variant == "_ema" else "generator"]
-    z = torch.stack([prior(count, args.dim, generator=torch.Generator().manual_seed(draw_seed(seed, epoch, 1)))
-                     for seed in range(args.seed, args.seed + args.num_seeds)])
-    return torch.vmap(lambda p, z: MLP(p, problem.output)(z))(params, z.to(params["w0"].device)).cpu()
+    z = []
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        rng = torch.Generator().manual_seed(draw_seed(seed, epoch, 1))
+        z.append(prior(count, args.dim, rng=rng))
+    z = torch.stack(z).to(params["w0"].device)
+    return torch.vmap(lambda params, z: MLP(params, problem.output)(z))(params, z).cpu()
 
 
-def evaluate(args: Args, networks: dict[str, Params], epoch: int) -> tuple[dict[str, list], Optional[Tensor]]:
-    """One evaluation: table 2's columns, a number a seed, and in 1D figure 2's two curves [S, 2, 140].
+def evaluate(args: Args, networks: Networks, epoch: int) -> dict[str, list[float]]:
+    """One evaluation: table 2's columns, in 1D with the Wasserstein distance, a number a seed.
 
-    With --ema the averaged G is evaluated too, and of the 2D VAEs, whose prior is normal, also G on the uniform prior
-    that the paper names.
+    With --ema the averaged G is evaluated too. In 2D a method with a prior of its own is evaluated on
+    the paper's uniform one too.
     """
-    problem, scores = make_problem(args.dim), {}
-    for variant in ["", *["_ema"] * bool(args.ema), *["_uniform"] * bool(args.dim == 2 and METHODS[args.method].prior)]:
-        samples = sample(args, networks, epoch, NUM_SAMPLES, variant)
+    problem = make_problem(args.dim)
+    variants = [""]
+    if args.ema:
+        variants.append("_ema")
+    if args.dim == 2 and METHODS[args.method].prior:
+        variants.append("_uniform")
+    scores = {}
+    for variant in variants:
+        samples = sample_points(args, networks, epoch, NUM_SAMPLES, variant)
         values = register(samples, problem.centers, problem.radius)
         if args.dim == 1:
             values["w1"] = wasserstein_1d(samples, problem.points)
-        scores |= {k + variant: v.tolist() for k, v in values.items()}
-    if args.dim == 2:
-        return scores, None
-    discriminator = networks["discriminator"]
-    score = torch.vmap(lambda p: MLP(p)(AXIS[:, None].to(p["w0"].device))[:, 0])(discriminator).cpu()
-    if args.method == "wgangp":  # a critic has no scale
+        for key, value in values.items():
+            scores[key + variant] = value.tolist()
+    return scores
+
+
+def density_and_score(args: Args, networks: Networks, epoch: int) -> Tensor:
+    """Figure 2's two curves over AXIS, [S, 2, 140]: density of generated points, and D's score."""
+    params = networks["discriminator"]
+    x = AXIS[:, None].to(params["w0"].device)
+    score = torch.vmap(lambda params: MLP(params, to_logits)(x))(params).cpu()
+    if METHODS[args.method].critic:  # it has no scale
         score = score - score.amin(-1, keepdim=True)
         score = score / score.amax(-1, keepdim=True).clamp_min(1e-12)
     else:
         score = torch.sigmoid(score)
-    return scores, torch.stack([density(sample(args, networks, epoch, 5 * NUM_SAMPLES)), score], 1)
+    return torch.stack([density(sample_points(args, networks, epoch, 5 * NUM_SAMPLES)), score], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- loop
-def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Optional[dict], head: dict,
-          signals: list[int]) -> dict:
+def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Optional[dict],
+          header: dict, signals: list[int]) -> dict:
     """Train args.method from the checkpoint, or the start, to its end or a signal in `signals`.
 
-    head: what a checkpoint of the run holds beside this method's state. Returns what table and pictures need:
-    {"iteration", "seconds", "networks", "frames": figure 2's curves, one an epoch}.
+    header: what a checkpoint of the run holds beside this method's state. Returns what table and
+    pictures need: {"iteration", "seconds", "networks": weights, "frames": figure 2's, one an epoch}.
     """
+    # Networks, optimisers, the step
     networks = init_networks(args, device)
     optimizers = init_optimizers(args, networks)
     start, seconds, begin, frames = 0, 0.0, time.perf_counter(), []
     if checkpoint is not None:
         restore(checkpoint, {"networks": networks, "optimizers": optimizers})
-        start, seconds, frames = checkpoint["iteration"], checkpoint["seconds"], checkpoint["frames"]
-    lr, losses, length = torch.tensor(args.lr, device=device), {}, epoch_length(args)
-    total, title = args.epochs * length, METHODS[args.method].title
+        start, seconds = checkpoint["iteration"], checkpoint["seconds"]
+        frames = checkpoint["frames"]
+    lr = torch.tensor(args.lr, device=device)
     train_step = make_train_step(args, networks, optimizers, lr)
-    if args.compile and total >= COMPILE_FROM:  # by the whole length: a resumed run must compute the same
+    length = epoch_length(args)
+    total = args.epochs * length
+    if args.compile and total >= COMPILE_FROM:  # the whole length: a resumed run computes the same
         torch.compiler.reset()  # the methods share one code object; its cache holds eight variants
         train_step = torch.compile(train_step, fullgraph=True, dynamic=False)
-    sizes = ", ".join(f"{name} {sum(v[0].numel() for v in params.values()):,}" for name, params in networks.items())
+    losses: Terms = {}
+
+    # What is shown
+    title = METHODS[args.method].title
+    sizes = {name: sum(v[0].numel() for v in params.values()) for name, params in networks.items()}
+    sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     print(f"{title}: {total:,} iterations; parameters a seed: {sizes}")
-    # of several methods each has a TensorBoard folder of its own, so that their curves share a chart
-    writer = SummaryWriter(str(folder / (args.method if head["args"]["method"] == "all" else "")),
-                           purge_step=math.ceil(start / length))
+    # each of several methods has a TensorBoard folder of its own, so that their curves share a chart
+    events = folder / args.method if header["args"]["method"] == "all" else folder
+    writer = SummaryWriter(str(events), purge_step=math.ceil(start / length))
     if start == 0:
-        writer.add_text("arguments", "\n".join(f"    {k} = {v}" for k, v in dataclasses.asdict(args).items()))
-    with writer, tqdm(total=total, initial=start, desc=title, unit="it", mininterval=0.5, dynamic_ncols=True) as bar:
+        writer.add_text("arguments", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()))
+    bar = tqdm(total=total, initial=start, desc=title, unit="it", mininterval=0.5, dynamic_ncols=True)
+
+    with writer, bar:
         for iteration in range(start, total + 1):
             epoch, position = divmod(iteration, length)
             last = iteration == total or bool(signals)
-            state = {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin, "networks": networks,
-                     "frames": frames}
-            if position == 0 or last:
-                common.check_finite(flatten(networks), f"iteration {iteration} (epoch {epoch})", folder)
-                if last or epoch == 0 or args.checkpoint_every and epoch % args.checkpoint_every == 0:
-                    writer.flush()
-                    contents = {**head, **state, "method": args.method, "optimizers": optimizers}
-                    common.write_atomically(folder / "checkpoint.pt", functools.partial(torch.save, contents),
-                                            f"make room and go on with --resume {common.quote(folder)}; ")
-            if position == 0 and epoch > 0:  # a resumed run first repeats the evaluation that followed its checkpoint
-                scores, frame = evaluate(args, networks, epoch)
-                frames = state["frames"] = [*frames, frame] if frame is not None else []
-                with open(folder / "metrics.jsonl", "ab", buffering=0) as file:  # a line whole or not at all
-                    record = {"method": args.method, "epoch": epoch, "iteration": iteration, **scores}
-                    file.write((json.dumps(record) + "\n").encode())
-                for name, value in [*((f"metrics/{k}", np.mean(v)) for k, v in scores.items()),
-                                    *((f"losses/{k}", v.mean().item()) for k, v in losses.items()),
-                                    ("charts/iterations_per_second", bar.format_dict["rate"] or 0.0),
-                                    ("charts/learning_rate", learning_rate(args, iteration))]:
-                    writer.add_scalar(name, value, epoch)
-                bar.set_postfix(modes=f"{np.mean(scores['modes']):.1f}", points=f"{np.mean(scores['points']):.0f}",
-                                refresh=False)
+            epoch_begins = position == 0
+            due_now = epoch_begins and due(args.checkpoint_every, epoch, args.epochs)
+            save = due_now or last or iteration == 0
+
+            # Checkpoint
+            if epoch_begins or last:
+                when = f"iteration {iteration} (epoch {epoch})"
+                training.check_finite(flatten(networks), when, folder)
+            if save:
+                writer.flush()
+                state = {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
+                         "networks": networks, "frames": frames}
+                contents = {**header, **state, "method": args.method, "optimizers": optimizers}
+                common.write_atomically(
+                    folder / "checkpoint.pt", functools.partial(torch.save, contents),
+                    advice=f"make room and go on with --resume {common.quote(folder)}; ")
+
+            # Evaluate (a resumed run first repeats the evaluation that followed its checkpoint)
+            if epoch_begins and epoch > 0:
+                scores = evaluate(args, networks, epoch)
+                if args.dim == 1:
+                    frames = [*frames, density_and_score(args, networks, epoch)]
+                record = {"method": args.method, "epoch": epoch, "iteration": iteration, **scores}
+                with open(folder / "metrics.jsonl", "ab", buffering=0) as file:
+                    file.write((json.dumps(record) + "\n").encode())  # a line whole or not at all
+                for name, value in scores.items():
+                    writer.add_scalar(f"metrics/{name}", np.mean(value), epoch)
+                for name, value in losses.items():
+                    writer.add_scalar(f"losses/{name}", value.mean().item(), epoch)
+                rate = bar.format_dict["rate"] or 0.0
+                writer.add_scalar("charts/iterations_per_second", rate, epoch)
+                writer.add_scalar("charts/learning_rate", learning_rate(args, iteration), epoch)
+                bar.set_postfix(modes=f"{np.mean(scores['modes']):.1f}",
+                                points=f"{np.mean(scores['points']):.0f}", refresh=False)
+
+            # Train
             if last:
-                return {**state, "networks": {n: {k: v.cpu() for k, v in p.items()} for n, p in networks.items()}}
-            if iteration == start or position == 0:
-                draws = {k: v.to(device).unbind(0) for k, v in draw_epoch(args, epoch).items()}
+                break
+            if epoch_begins or iteration == start:
+                batches = [values.to(device).unbind(0) for values in draw_epoch(args, epoch)]
             lr.fill_(learning_rate(args, iteration))
-            losses = train_step({k: v[position] for k, v in draws.items()})
+            losses = train_step(Draws(*(values[position] for values in batches)))
             bar.update()
+
+    networks = {name: {k: v.cpu() for k, v in params.items()} for name, params in networks.items()}
+    return {**state, "networks": networks, "frames": frames}
 
 
 # ------------------------------------------------------------------------------------------ arguments and files
-RANGES = {"seed": "[0, 2147483648)", "num_seeds": "[1, inf)", "hidden_dim": "[1, inf)", "hidden_layers": "[1, inf)",
-          "ema": "[0, 1)", "lambda_p": "[0, inf)", "lambda_m1": "[0, inf)", "lambda_m2": "[0, inf)",
-          "lambda_r": "[0, inf)", "alpha": "[0, 1)", "critic_steps": "[1, inf)", "label_smoothing": "[0, 1)",
-          "vae_sigma": "(0, inf)", "vae_beta": "[0, inf)", "vaegan_gamma": "[0, inf)", "vaegan_kl": "[0, inf)",
-          "epochs": "[1, inf)", "batch_size": "[1, inf)", "lr": "(0, inf)", "lr_decay": "(0, 1]", "beta1": "[0, 1)",
-          "beta2": "[0, 1)", "checkpoint_every": "[0, inf)"}
-# What may differ from a checkpoint's run: where things are and how often one looks, nothing that training computes.
-FREE = {f.name for group in (RunArgs, LoggingArgs) for f in dataclasses.fields(group)} - {"seed", "num_seeds"}
+RANGES = {"seed": "[0, 2147483648)", "num_seeds": "[1, inf)", "hidden_dim": "[1, inf)",
+          "hidden_layers": "[1, inf)", "ema": "[0, 1)", "lambda_p": "[0, inf)",
+          "lambda_m1": "[0, inf)", "lambda_m2": "[0, inf)", "lambda_r": "[0, inf)", "alpha": "[0, 1)",
+          "critic_steps": "[1, inf)", "label_smoothing": "[0, 1)", "vae_sigma": "(0, inf)",
+          "vae_beta": "[0, inf)", "vaegan_gamma": "[0, inf)", "vaegan_kl": "[0, inf)",
+          "epochs": "[1, inf)", "batch_size": "[1, inf)", "lr": "(0, inf)", "lr_decay": "(0, 1]",
+          "beta1": "[0, 1)", "beta2": "[0, 1)", "checkpoint_every": "[0, inf)"}
 
 
 def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib.Path], Optional[dict]]:
     """The arguments, resolved and checked; with --resume also the checkpoint's path and contents."""
-    args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT, FREE)
-    args = resolve(dataclasses.replace(args, resume=None), args.method)
+    args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT)
+    args = resolve(args, args.method)
+    args.resume = None  # how this call began, no part of what the run is
     common.check_ranges(args, RANGES)
-    if args.method not in (*methods_of(args.dim), "all"):
-        raise UserError(f"--method {args.method} is not part of the 1D experiment: choose from "
-                        f"{', '.join(methods_of(1))}, all")
     if args.dim == 1 and args.hidden_layers < 2:
         raise UserError("--hidden-layers is 1: in 1D it must be 2 or more, since D has one less")
+    if args.dim == 1 and args.method != "all" and not judges_points(args):
+        choices = ", ".join(methods_of(resolve(args, "all")))
+        raise UserError(f"--method {args.method} is not part of the 1D experiment: choose from "
+                        f"{choices}, all")
+    if checkpoint is None:
+        return args, None, None
+
+    saved = checkpoint["args"]
+    for name in ("method", "dim"):
+        value = getattr(args, name)
+        if value != saved[name]:
+            raise UserError(f"{common.flag(name)} is {value}: the run of {file} has {saved[name]}; "
+                            "leave the flag out, or start a new run")
+    if args.epochs * epoch_length(args) < checkpoint["iteration"]:
+        raise UserError(f"--epochs is {args.epochs}: {file} is already at iteration "
+                        f"{checkpoint['iteration']}")
+    if checkpoint.get("finished") and args.epochs != saved["epochs"]:
+        titles = ", ".join(METHODS[name].title for name in checkpoint["finished"])
+        raise UserError(f"--epochs is {args.epochs}: {titles} in {file} finished after "
+                        f"{saved['epochs']}; leave the flag out, or start a new run")
     return args, file, checkpoint
 
 
-def methods_of(dim: int) -> list[str]:
-    """The methods that are compared in 2D or 1D."""
-    return [name for name, method in METHODS.items() if dim == 2 or method.in_1d]
+def judges_points(args: Args) -> bool:
+    """Whether args.method has a D over the data's space, which pictures can show."""
+    method = METHODS[args.method]
+    return "discriminator" in method.objectives(args) and not method.judges_pairs
+
+
+def methods_of(args: Args) -> list[str]:
+    """The methods that a run trains. In 1D `all` are those with a D for figure 2 to draw."""
+    if args.method != "all":
+        return [args.method]
+    return [name for name in METHODS if args.dim == 2 or judges_points(resolve(args, name))]
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of nested dictionaries, by path: {"generator.w0": ...}."""
-    return {path: v for k, value in tree.items() for path, v in (
-        flatten(value, f"{prefix}{k}.") if isinstance(value, dict) else {prefix + k: value}).items()}
+    tensors = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            tensors |= flatten(value, f"{prefix}{name}.")
+        else:
+            tensors[prefix + name] = value
+    return tensors
 
 
 def restore(checkpoint: dict, state: dict) -> None:
-    """Copy a checkpoint's tensors into those of `state`, in place."""
-    tensors, saved = flatten(state), flatten({name: checkpoint[name] for name in state})
-    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in saved.items()}:
-        raise UserError(f"the checkpoint does not fit this {SCRIPT}.py (has it changed since?)")
-    for name, tensor in tensors.items():
-        tensor.copy_(saved[name])
+    """Copy a checkpoint's tensors into those of `state`, in place. Raises UserError: they do not fit."""
+    tensors = flatten(state)
+    saved = flatten({name: checkpoint[name] for name in state})
+    for path in sorted(tensors.keys() | saved.keys()):
+        here = list(tensors[path].shape) if path in tensors else "nothing"
+        there = list(saved[path].shape) if path in saved else "nothing"
+        if here != there:
+            raise UserError(f"the checkpoint does not fit {SCRIPT}.py with these flags (has one of them "
+                            f"changed since?): {path} is {there} there, {here} here")
+    for path, tensor in tensors.items():
+        tensor.copy_(saved[path])
 
 
 # ------------------------------------------------------------------------------------------- table and pictures
-Models = dict[str, dict]  # what `train` returned of each method
+Models = dict[str, dict]  # of each method what `train` returned
 
 
 def summarize(records: list[dict], model: dict) -> dict:
-    """A method's entry in results.json: a run's figure is the mean of its last ten evaluations [ours]; mean and
-    standard deviation (n - 1) are over the runs."""
+    """A method's entry in results.json; mean and standard deviation (n - 1) are over the runs.
+
+    A run's figure is the mean of its last ten evaluations [ours].
+    """
     result = {}
-    for key in (k for k, v in records[-1].items() if isinstance(v, list)):
-        per_seed = np.mean([r[key] for r in records[-10:]], axis=0)
-        std = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0
-        result[key] = {"mean": float(per_seed.mean()), "std": std, "per_seed": per_seed.tolist()}
+    for key, value in records[-1].items():
+        if isinstance(value, list):
+            per_seed = np.mean([record[key] for record in records[-10:]], axis=0)
+            std = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0
+            result[key] = {"mean": float(per_seed.mean()), "std": std, "per_seed": per_seed.tolist()}
+    rate = model["iteration"] / model["seconds"]
     return {**result, "epochs": records[-1]["epoch"], "iterations": model["iteration"],
-            "seconds": round(model["seconds"], 2),
-            "iterations_per_second": round(model["iteration"] / model["seconds"], 2)}
+            "seconds": round(model["seconds"], 2), "iterations_per_second": round(rate, 2)}
 
 
 def table(results: dict[str, dict], dim: int) -> str:
     """Table 2, ours beside the paper's; in 1D, where the paper has none, ours alone."""
-    columns = METRICS if dim == 2 else {**METRICS, "w1": "W1"}
-    rows = [["method", *(head for name in columns.values() for head in (name, "paper")[: dim])]]
-    for method, variant in ((m, v) for m in results for v in VARIANTS if "modes" + v in results[m]):
-        row = [METHODS[method].title + VARIANTS[variant]]
-        for key, paper in zip(columns, METHODS[method].paper + [(0.0, 0.0)]):
-            mean, std = (results[method][key + variant][k] for k in ("mean", "std"))
-            places = 1 if key == "points" else 2
-            row += [f"{mean:.{places}f} ± {std:.{places}f}", f"{paper[0]:.2f} ± {paper[1]:.2f}"][: dim]
-        rows.append(row)
+    columns = {"modes": "modes", "points": "points", "tv_true": "TV true *", "tv_diff": "TV diff *"}
+    note = "* our definitions; the paper's two columns are not defined there and not comparable"
+    if dim == 1:
+        columns["w1"] = "W1"
+        note = "* as in 2D; W1: the Wasserstein-1 distance between generated and real points"
+    rows = [["method"]]
+    for heading in columns.values():
+        rows[0] += [heading, "paper"] if dim == 2 else [heading]
+    for name, result in results.items():
+        paper = METHODS[name].paper
+        for variant in VARIANTS:
+            if "modes" + variant not in result:
+                continue
+            row = [METHODS[name].title + VARIANTS[variant]]
+            for i, key in enumerate(columns):
+                figure, places = result[key + variant], 1 if key == "points" else 2
+                row.append(f"{figure['mean']:.{places}f} ± {figure['std']:.{places}f}")
+                if dim == 2:
+                    row.append("{:.2f} ± {:.2f}".format(*paper[i]) if paper else "-")
+            rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
-    note = "a run's figure is the mean of its last ten evaluations; " + {
-        2: "* our definitions; the paper's two columns are not defined there and not comparable",
-        1: "* as in 2D; W1: the Wasserstein-1 distance between generated and real points"}[dim]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
+    lines = []
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*lines, f"a run's figure is the mean of its last ten evaluations; {note}"])
 
 
-def make_panels(args: Args, models: Models, size: float) -> tuple[plt.Figure, list[tuple[plt.Axes, str, int, str]]]:
-    """A figure of square panels, `size` inches each, and (axes, method, index of the seed, title) a panel: the first
-    eight seeds of one method, or the first of several. One row up to five, rows of four beyond."""
-    chosen = [(m, s) for m in models for s in range(min(8, args.num_seeds) if len(models) == 1 else 1)]
-    columns = len(chosen) if len(chosen) <= 5 else 4
-    rows = math.ceil(len(chosen) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False, sharex=True,
-                                sharey=True, layout="constrained", dpi=150)
-    for ax in axes.flat[len(chosen):]:
-        ax.set_axis_off()
-    return figure, [(ax, m, s, f"{METHODS[m].title}, seed {args.seed + s}") for ax, (m, s) in zip(axes.flat, chosen)]
+def choose_panels(args: Args, models: Models) -> list[tuple[str, int, str]]:
+    """A picture's panels as (method, seed's index, title): of one method eight seeds, of several one."""
+    seeds = range(min(8, args.num_seeds) if len(models) == 1 else 1)
+    return [(name, s, f"{METHODS[name].title}, seed {args.seed + s}") for name in models for s in seeds]
 
 
-def save_figure(figure: plt.Figure, path: pathlib.Path, columns: int = 1) -> None:
-    """Write a picture, with a legend of the first axes' marks below it."""
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8,
-                  frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+def make_curves(key: str, records: dict[str, list[dict]]) -> list[tuple[str, str, list, list]]:
+    """Figure 3's curves of a score: label, colour, epochs [E] and values [E, S].
+
+    The averaged G, say, is drawn only where the run has one method.
+    """
+    curves = []
+    for name, lines in records.items():
+        for variant in VARIANTS if len(records) == 1 else [""]:
+            if key + variant in lines[0]:
+                color = "black" if name == "gngan" and len(records) > 1 else f"C{len(curves)}"
+                epochs, values = [r["epoch"] for r in lines], [r[key + variant] for r in lines]
+                curves.append((METHODS[name].title + VARIANTS[variant], color, epochs, values))
+    return curves
 
 
-def plot_samples(args: Args, models: Models, path: pathlib.Path) -> None:
-    """Generated points and, around each mode's centre, the radius that registers them."""
-    problem = make_problem(2)
-    figure, panels = make_panels(args, models, 2.4)
-    for ax, method, s, title in panels:
-        epoch = models[method]["iteration"] // epoch_length(args)
-        samples = sample(resolve(args, method), models[method]["networks"], epoch, NUM_SAMPLES)[s]
-        scores = register(samples[None], problem.centers, problem.radius)
-        ax.scatter(*samples.T, s=1.2, c="tab:blue", linewidths=0, label=f"{NUM_SAMPLES:,} generated points")
-        ax.add_collection(EllipseCollection(
-            2 * problem.radius, 2 * problem.radius, 0, units="xy", offsets=problem.centers, facecolors="none",
-            edgecolors="tab:red", linewidths=0.6, offset_transform=ax.transData))
-        ax.plot([], [], "o", mec="tab:red", mfc="none", label="radius around a true mode within which points count")
-        ax.set_title(f"{title}: {int(scores['modes'])} modes, {int(scores['points'])} points", fontsize=7)
-        ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), xticks=[], yticks=[], aspect="equal")
-    save_figure(figure, path)
+def sample_panels(args: Args, models: Models) -> list[tuple[str, Tensor]]:
+    """Generated points [n, 2]; the title says how many of them count."""
+    problem, panels = make_problem(2), []
+    for name, s, title in choose_panels(args, models):
+        epoch = models[name]["iteration"] // epoch_length(args)
+        points = sample_points(resolve(args, name), models[name]["networks"], epoch, NUM_SAMPLES)[s]
+        scores = register(points[None], problem.centers, problem.radius)
+        title += f": {int(scores['modes'])} modes, {int(scores['points'])} points"
+        panels.append((title, points))
+    return panels
 
 
-def plot_gradient_map(args: Args, models: Models, path: pathlib.Path) -> None:
-    """Figure 4: D's gradient around the true centres. ALI's D judges pairs and the VAEs have none; among several
-    methods the figure keeps to the paper's four."""
-    without = ("ali", "vae", "betavae", *(("vaegan",) if len(models) > 1 else ()))
-    models = {m: model for m, model in models.items() if m not in without}
-    if not models:
-        return
-    centers = make_problem(2).centers
-    points = (centers[:, None] + torch.cartesian_prod(*[torch.linspace(-0.09, 0.09, 5)] * 2)).reshape(-1, 2)
-    figure, panels = make_panels(args, models, 3.2)
-    for ax, method, s, title in panels:
-        D = MLP({k: v[s] for k, v in models[method]["networks"]["discriminator"].items()}, lambda v: v[:, 0])
-        gradient = (logit_and_gradient if method == "wgangp" else score_and_gradient)(D, points)[1]
+def gradient_panels(args: Args, models: Models, positions: Tensor) -> list[tuple[str, Tensor]]:
+    """Figure 4: D's gradient [n, 2] at positions [n, 2], of each method whose D judges points.
+
+    The longest tenth is cut to one length: a few steep places must not hide the rest.
+    """
+    models = {name: model for name, model in models.items() if judges_points(resolve(args, name))}
+    panels = []
+    for name, s, title in choose_panels(args, models):
+        params = {k: v[s] for k, v in models[name]["networks"]["discriminator"].items()}
+        differentiate = logit_and_gradient if METHODS[name].critic else score_and_gradient
+        _, gradient = differentiate(MLP(params, to_logits), positions)
         length = l2_norm(gradient)
-        # arrows are as long as the gradient, up to the 90th percentile, so that a few steep places do not hide the rest
-        arrows = gradient / length.clamp_min(torch.quantile(length, 0.9))[:, None].clamp_min(1e-20)
-        ax.quiver(*points.T, *arrows.T, angles="xy", scale_units="xy", scale=26, width=0.0028)
-        ax.plot([], [], "k", marker=r"$\rightarrow$", linestyle="", markersize=12,
-                label="gradient of D (WGAN-GP: of the critic), the longest tenth cut to one length")
-        ax.scatter(*centers.T, s=14, c="tab:red", zorder=3, label="centre of a true mode")
-        ax.set_title(title, fontsize=9)
-        ax.set(xlim=(-0.12, 1.12), ylim=(-0.12, 1.12), xticks=[], yticks=[], aspect="equal")
-    save_figure(figure, path)
+        length = length.clamp_min(torch.quantile(length, 0.9)).clamp_min(1e-20)
+        panels.append((title, gradient / length[:, None]))
+    return panels
 
 
-def plot_modes(args: Args, models: Models, records: dict[str, list[dict]], path: pathlib.Path) -> None:
-    """Figure 3: modes and points over training, mean and one standard deviation of the seeds, a band a method; of one
-    method its other evaluations too."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    curves = [(m, v) for m in models for v in VARIANTS if "modes" + v in records[m][0] and (not v or len(models) == 1)]
-    for ax, key, limit in zip(axes, ("modes", "points"), (len(make_problem(args.dim).centers), NUM_SAMPLES)):
-        for i, (method, variant) in enumerate(curves):
-            epochs, values = [r["epoch"] for r in records[method]], [r[key + variant] for r in records[method]]
-            mean, std = np.mean(values, 1), np.std(values, 1)
-            color = "black" if method == "gngan" and len(models) > 1 else f"C{i}"
-            ax.plot(epochs, mean, label=METHODS[method].title + VARIANTS[variant], color=color, linewidth=1.1,
-                    marker="." if len(epochs) <= 10 else None)
-            ax.fill_between(epochs, mean - std, mean + std, color=color, linewidth=0,
-                            alpha=0.15 if len(models) == 1 else 0.06)
-        ax.axhline(limit, color="grey", linewidth=0.8, linestyle=":", label="all")
-        ax.fill_between([], [], color="grey", alpha=0.3, label="± one standard deviation of the seeds")
-        ax.set(xlabel="epoch", ylabel=f"{'covered' if key == 'modes' else 'registered'} {key}", ylim=(0, limit * 1.04))
-        ax.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path, columns=5)
-
-
-def plot_density(args: Args, models: Models, path: pathlib.Path, video: pathlib.Path) -> None:
-    """Figure 2: density of real and generated points and D's score along the axis, last frame and video."""
-    figure, panels = make_panels(args, models, 2.4)
-    total, curves = max(len(model["frames"]) for model in models.values()), []
-    for ax, method, s, title in panels:
-        ax.fill_between(AXIS, density(make_problem(1).points[None])[0], color="tab:green", alpha=0.35, linewidth=0,
-                        label="density of the data")
-        last = models[method]["frames"][-1][s]
-        generated, = ax.plot(AXIS, last[0], color="tab:orange", linewidth=1.2, label="density of G(z)")
-        score, = ax.plot(AXIS, last[1], color="tab:blue", linewidth=1.2,
-                         label="D's score (WGAN-GP: the critic, scaled to [0, 1])")
-        ax.set_title(title, fontsize=9)
-        ax.set(xlim=(-7, 7), ylim=(0, 1.02), xlabel="x")
-        curves.append((generated, score, models[method]["frames"], s))
-    save_figure(figure, path, columns=3)
-    figure.set_layout_engine("none")  # what takes most of the time of drawing
-    images = []
-    for frame in range((total - 1) % max(1, total // 50), total, max(1, total // 50)):
-        for generated, score, frames, s in curves:
-            for line, values in zip((generated, score), frames[min(frame, len(frames) - 1)][s]):
-                line.set_ydata(values)
-        figure.suptitle(f"epoch {frame + 1}", fontsize=9, x=0.01, ha="left")
-        figure.canvas.draw()
-        images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("P"))
-    images[0].save(video, save_all=True, append_images=images[1:], duration=[125] * (len(images) - 1) + [1500], loop=0)
+def draw_pictures(args: Args, folder: pathlib.Path, models: Models, records: dict[str, list[dict]]) -> None:
+    """Figures 3 and, in 2D, 4 with the generated points; in 1D figure 2."""
+    from common import pictures  # imports Matplotlib, which takes a second
+    problem = make_problem(args.dim)
+    pictures.plot_curves([("covered modes", len(problem.centers), make_curves("modes", records)),
+                          ("registered points", NUM_SAMPLES, make_curves("points", records))],
+                         folder / "modes.png")
+    if args.dim == 2:
+        pictures.plot_points(sample_panels(args, models), problem.centers, problem.radius,
+                             folder / "samples.png")
+        offsets = torch.linspace(-0.09, 0.09, 5)
+        positions = problem.centers[:, None] + torch.cartesian_prod(offsets, offsets)
+        positions = positions.flatten(0, 1)
+        label = "gradient of D (WGAN-GP: of the critic), the longest tenth cut to one length"
+        arrows = gradient_panels(args, models, positions)
+        if arrows:
+            pictures.plot_arrows(arrows, positions, problem.centers, label, folder / "gradient_map.png")
+    else:
+        panels = []
+        for name, s, title in choose_panels(args, models):
+            panels.append((title, [frame[s] for frame in models[name]["frames"]]))
+        labels = ["density of G(z)", "D's score (WGAN-GP: the critic, scaled to [0, 1])"]
+        pictures.plot_density(panels, AXIS, density(problem.points[None])[0], labels,
+                              folder / "density.png", folder / "training.gif")
 
 
 def report(args: Args, folder: pathlib.Path, models: Models) -> str:
     """Write results.json and the pictures, print the table; returns the figures in words."""
     lines = common.read_lines(folder / "metrics.jsonl")
-    records = {m: [r for r in lines if r["method"] == m] for m in models}
-    models = {m: model for m, model in models.items() if records[m]}
+    records = {name: [line for line in lines if line["method"] == name] for name in models}
+    records = {name: lines for name, lines in records.items() if lines}
+    models = {name: models[name] for name in records}
     if not models:
         return "no evaluation yet"
-    results = {m: summarize(records[m], model) for m, model in models.items()}
+    results = {name: summarize(records[name], model) for name, model in models.items()}
     text = json.dumps(results, indent=2) + "\n"
     common.write_atomically(folder / "results.json", lambda path: path.write_text(text))
-    plot_modes(args, models, records, folder / "modes.png")
-    if args.dim == 1:
-        plot_density(args, models, folder / "density.png", folder / "training.gif")
-    else:
-        plot_samples(args, models, folder / "samples.png")
-        plot_gradient_map(args, models, folder / "gradient_map.png")
-    plt.close("all")
+    draw_pictures(args, folder, models, records)
     print(table(results, args.dim))
-    return ", ".join(f"{METHODS[m].title} {r['modes']['mean']:.2f} modes {r['points']['mean']:.1f} points"
-                     for m, r in results.items())
+    words = []
+    for name, result in results.items():
+        modes, points = result["modes"]["mean"], result["points"]["mean"]
+        words.append(f"{METHODS[name].title} {modes:.2f} modes {points:.1f} points")
+    return ", ".join(words)
 
 
 def main() -> int:
     args, file, checkpoint = parse_args()
-    device = common.choose_device(args.device, tf32=False, deterministic=False)
-    total, problem = args.epochs * epoch_length(args), make_problem(args.dim)
-    methods = methods_of(args.dim) if args.method == "all" else [args.method]
-    if args.compile and total >= COMPILE_FROM and not common.compiles(device):
-        args = dataclasses.replace(args, compile=False)
+    device = training.choose_device(args.device, tf32=False, deterministic=False)
+    problem, methods = make_problem(args.dim), methods_of(args)
+    total = args.epochs * epoch_length(args)
+    if args.compile and total >= COMPILE_FROM:
+        args.compile = training.compiles(device)
     name = args.run_name or f"synthetic{args.dim}d__{SCRIPT}__{args.seed}__{int(time.time())}"
     place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
+
     with common.run_folder(place, resume=file is not None, free_name=args.run_name is None) as folder:
-        models, current, records = {}, None, folder / "metrics.jsonl"
+        models: Models = {}  # the finished methods, and last the one that a signal stopped
+        current = None  # the method that the checkpoint is in the middle of
         if file:
             checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
-            models, current, begin = checkpoint["finished"], checkpoint["method"], checkpoint["iteration"]
-            common.write_lines(records, [r for r in common.read_lines(records) if r["method"] in models
-                                         or r["method"] == current and r["iteration"] < begin])
+            models, current = checkpoint["finished"], checkpoint["method"]
+            records = [r for r in common.read_lines(folder / "metrics.jsonl") if r["method"] in models or
+                       r["method"] == current and r["iteration"] < checkpoint["iteration"]]
+            common.write_lines(folder / "metrics.jsonl", records)
         common.write_setting(folder, SCRIPT, args)
-        signals: list[int] = []  # the signal, if one came: the iteration is finished and everything saved
+        signals: list[int] = []  # the signal, if one came: the iteration is finished and all saved
         common.on_signals(signals.append)
+        titles = ", ".join(METHODS[method].title for method in methods)
         print(f"{folder}: {problem.name}, {len(problem.points):,} points, {args.num_seeds} seeds of "
-              f"{', '.join(METHODS[m].title for m in methods)}, on {common.describe(device)}; to watch: tensorboard "
-              f"--logdir {common.quote(folder)}")
-        head = {"script": SCRIPT, "args": dataclasses.asdict(args)}
+              f"{titles}, on {training.describe(device)}; to watch: tensorboard --logdir "
+              f"{common.quote(folder)}")
+
         for method in methods:
-            if method not in models and not signals:
-                models[method] = train(resolve(args, method), device, folder, checkpoint if method == current else None,
-                                       {**head, "finished": dict(models)}, signals)
+            if method in models or signals:
+                continue
+            header = {"script": SCRIPT, "args": dataclasses.asdict(args), "finished": dict(models)}
+            begun = checkpoint if method == current else None
+            models[method] = train(resolve(args, method), device, folder, begun, header, signals)
         summary = report(args, folder, models)
+
     if len(models) == len(methods) and models[methods[-1]]["iteration"] == total:
         print(f"{folder}: {summary}")
         return 0

@@ -1,8 +1,10 @@
-"""gngan_synthetic.py: data, draws, metrics, each method's training step against a plain reference, the script as users
-run it."""
+"""gngan_synthetic.py: data, draws, metrics, each method's training step against a plain reference, the
+script as users run it and fork it."""
+import dataclasses
 import json
 import math
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -25,20 +27,29 @@ METHODS = {1: ["gan", "vaegan", "wgangp", "distgan", "gngan"],
 CPU = torch.device("cpu")
 
 
-def make_args(script, method="gngan", dim=2, **kwargs):
-    return script.resolve(script.Args(dim=dim, **{"num_seeds": 2, "hidden_dim": 8, "batch_size": 16, **kwargs}), method)
+def make_args(script, method="gngan", dim=2, **changes):
+    """Small networks of two seeds."""
+    small = {"num_seeds": 2, "hidden_dim": 8, "batch_size": 16}
+    return script.resolve(script.Args(dim=dim, **small | changes), method)
 
 
 def start(script, args):
     """Networks, optimisers and training step."""
     networks = script.init_networks(args, CPU)
     optimizers = script.init_optimizers(args, networks)
-    return networks, optimizers, script.make_train_step(args, networks, optimizers, torch.tensor(args.lr))
+    step = script.make_train_step(args, networks, optimizers, torch.tensor(args.lr))
+    return networks, optimizers, step
 
 
-def batches(script, args, count):
+def make_batches(script, args, count):
+    """The draws of the first iterations."""
     draws = script.draw_epoch(args, 0)
-    return [{k: v[i] for k, v in draws.items()} for i in range(count)]
+    return [script.Draws(*(values[i] for values in draws)) for i in range(count)]
+
+
+def of_seed(networks, s):
+    """The weights of one seed."""
+    return {name: {k: v[s] for k, v in params.items()} for name, params in networks.items()}
 
 
 # ------------------------------------------------------------------------------------------------ data and draws
@@ -64,28 +75,32 @@ def test_data(script):
 def test_an_epoch_sees_every_point_once_and_fills_its_last_batch(script):
     args = make_args(script, "wgangp", batch_size=128, num_seeds=1)
     draws = script.draw_epoch(args, 3)
-    assert draws["x"].shape == draws["z"].shape == (391, 5, 1, 128, 2) and draws["mix"].shape == (391, 5, 1, 128, 1)
-    seen, points = draws["x"][:, 0].reshape(-1, 2), script.make_problem(2).points
+    assert draws.x.shape == draws.z.shape == (391, 5, 1, 128, 2)
+    assert draws.mix.shape == (391, 5, 1, 128, 1)
+    seen, points = draws.x[:, 0].reshape(-1, 2), script.make_problem(2).points
     assert torch.equal(seen[:50000].sort(0).values, points.sort(0).values)
-    for key, low in (("z", -1), ("mix", 0)):
-        assert low <= draws[key].min() < low + 0.01 and 0.99 < draws[key].max() <= 1
+    assert -1 <= draws.z.min() < -0.99 and 0.99 < draws.z.max() <= 1
+    assert 0 <= draws.mix.min() < 0.01 and 0.99 < draws.mix.max() <= 1
     for k in range(1, 5):  # each D update has its own mini-batch
-        assert all(not torch.equal(draws[key][:, 0], draws[key][:, k]) for key in ("x", "z", "mix"))
+        for values in (draws.x, draws.z, draws.mix):
+            assert not torch.equal(values[:, 0], values[:, k])
 
 
 def test_a_seed_is_what_it_would_be_alone(script):
     """Initial weights, an epoch's draws and an evaluation's are functions of the seed and the epoch."""
-    three, one = (make_args(script, "vaegan", num_seeds=n, seed=s, batch_size=500) for n, s in ((3, 1), (1, 3)))
-    weights = [script.init_networks(args, CPU) for args in (three, one)]
-    for key, value in flat(weights[1]).items():
-        assert torch.equal(flat(weights[0])[key][2], value[0])
-    draws = [[script.draw_epoch(args, epoch) for epoch in (0, 1, 0)] for args in (three, one)]
-    for key, value in draws[1][0].items():
-        assert torch.equal(draws[0][0][key][:, :, 2], value[:, :, 0])
-        assert not torch.equal(draws[1][1][key], value) and torch.equal(draws[1][2][key], value)
-        assert not torch.equal(draws[0][0][key][:, :, 1], value[:, :, 0])
-    samples = [script.sample(args, w, 5, 10) for args, w in zip((three, one), weights)]
-    torch.testing.assert_close(samples[0][2], samples[1][0])
+    three = make_args(script, "vaegan", num_seeds=3, seed=1, batch_size=500)
+    one = make_args(script, "vaegan", num_seeds=1, seed=3, batch_size=500)
+    networks_of_three, networks_of_one = script.init_networks(three, CPU), script.init_networks(one, CPU)
+    for key, value in flat(networks_of_one).items():
+        assert torch.equal(flat(networks_of_three)[key][2], value[0])
+    again, other_epoch = script.draw_epoch(one, 0), script.draw_epoch(one, 1)
+    for of_three, of_one, same, other in zip(script.draw_epoch(three, 0), script.draw_epoch(one, 0), again,
+                                             other_epoch):
+        assert torch.equal(of_three[:, :, 2], of_one[:, :, 0])
+        assert not torch.equal(of_three[:, :, 1], of_one[:, :, 0])
+        assert torch.equal(same, of_one) and not torch.equal(other, of_one)
+    samples = script.sample_points(three, networks_of_three, 5, 10)
+    torch.testing.assert_close(samples[2], script.sample_points(one, networks_of_one, 5, 10)[0])
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -93,7 +108,8 @@ def test_metrics_of_hand_made_samples(script):
     problem = script.make_problem(2)
     centers, radius = problem.centers, problem.radius
     balanced = centers.repeat_interleave(80, 0)
-    scores = script.register(torch.stack([balanced, balanced + radius * 0.7, balanced + radius * 0.8]), centers, radius)
+    shifted = torch.stack([balanced, balanced + radius * 0.7, balanced + radius * 0.8])
+    scores = script.register(shifted, centers, radius)
     assert scores["modes"].tolist() == [25, 25, 0]  # 0.7 sqrt(2) r is inside, 0.8 sqrt(2) r is outside
     assert scores["points"].tolist() == [2000, 2000, 0]
     assert scores["tv_true"].tolist() == pytest.approx([0, 0, 1]) and scores["tv_diff"].tolist() == [0, 0, 0]
@@ -137,37 +153,48 @@ def test_three_iterations_against_the_plain_reference(script, dim, method, chang
         networks, _, train_step = start(script, args)
     finally:
         torch.set_default_dtype(torch.float32)
-    networks["encoder"] = networks.get("encoder", {})
-    average = {k: v.clone() for k, v in networks["generator"].items()}
-    references = [Reference(args, {n: {k: v[s] for k, v in p.items()} for n, p in networks.items() if p})
-                  for s in range(2)]
     before = {k: v.clone() for k, v in flat(networks).items()}
-    for batch in batches(script, args, 3):
-        batch = {k: v.double() for k, v in batch.items()}
+    average = {k: v.clone() for k, v in networks["generator"].items()}
+    references = [Reference(args, of_seed(networks, s)) for s in range(2)]
+    for batch in make_batches(script, args, 3):
+        batch = script.Draws(*(values.double() for values in batch))
         train_step(batch)
         average = {k: 0.75 * v + 0.25 * networks["generator"][k] for k, v in average.items()}
         for s, reference in enumerate(references):
-            reference.step({k: v[:, s] for k, v in batch.items()})
-    for name in references[0].nets.keys() - {"generator_ema"}:
-        for s, reference in enumerate(references):
-            for k, linear in enumerate(m for m in reference.nets[name] if isinstance(m, torch.nn.Linear)):
-                torch.testing.assert_close(networks[name][f"w{k}"][s], linear.weight.T, rtol=1e-3, atol=1e-5)
-                torch.testing.assert_close(networks[name][f"b{k}"][s], linear.bias, rtol=1e-3, atol=1e-5)
+            reference.step(*(values[:, s] for values in batch))
+    for s, reference in enumerate(references):
+        for name, expected in reference.weights().items():
+            for k, value in expected.items():
+                torch.testing.assert_close(networks[name][k][s], value, rtol=1e-3, atol=1e-5)
     assert all((v != before[k]).any() for k, v in flat(networks).items() if "/w" in k)
     if args.ema:
         for key, value in average.items():
             torch.testing.assert_close(networks["generator_ema"][key], value)
 
 
+def test_terms_are_those_of_the_loss(script):
+    """What an objective gives to watch adds up to the loss that it gives to minimise."""
+    args = make_args(script, lambda_m1=2.0, lambda_m2=3.0)
+    losses = start(script, args)[2](make_batches(script, args, 1)[0])
+    assert {"autoencoder", "discriminator", "generator", "gradient_penalty"} <= losses.keys()
+    total = losses["score_matching"] + 2 * losses["norm_matching"] + 3 * losses["inner_matching"]
+    torch.testing.assert_close(losses["generator"], total)
+    assert all(value.shape == (2,) for value in losses.values())
+
+
 def test_gradients_stay_finite_for_identical_points_and_dead_units(script):
     params = script.init_mlp([2, 8, 8, 1], torch.Generator().manual_seed(0))
     dead = {**params, "w0": params["w0"] * 0, "b0": params["b0"] * 0 - 1}
     x, mix = torch.full((4, 2), 0.3), torch.full((4, 1), 0.5)
-    for p in (params, dead):
-        def loss(p, fake):
-            D = script.MLP(p, lambda v: v[:, 0])
-            return sum(script.gradient_matching(D, x, fake)) + script.gradient_penalty(D, x, fake, mix)
-        assert all(g.isfinite().all() for g in flat(torch.func.grad(loss, argnums=(0, 1))(p, x)).values())
+
+    def loss(params, fake):
+        discriminator = script.MLP(params, script.to_logits)
+        matching = script.gradient_matching(discriminator, x, fake)
+        return sum(matching) + script.gradient_penalty(discriminator, x, fake, mix)
+
+    for weights in (params, dead):
+        gradients = torch.func.grad(loss, argnums=(0, 1))(weights, x)
+        assert all(g.isfinite().all() for g in flat(gradients).values())
 
 
 @pytest.mark.parametrize("method", ["ali", "vaegan", "wgangp", "distgan"])  # GN-GAN: the next test
@@ -177,16 +204,17 @@ def test_every_method_is_one_graph(script, method):
     torch.compiler.reset()
     step = torch.compile(start(script, args)[2], fullgraph=True, dynamic=False, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in batches(script, args, 2):
+        for batch in make_batches(script, args, 2):
             step(batch)
 
 
 def test_compiled_step_gives_the_eager_result(script):
-    args, states = make_args(script, hidden_layers=1), []
+    args = make_args(script, hidden_layers=1)
+    states = []
     for compiled in (False, True):
         networks, optimizers, step = start(script, args)
         step = torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
-        for batch in batches(script, args, 5):
+        for batch in make_batches(script, args, 5):
             step(batch)
         states.append(flat([networks, optimizers]))
     for key in states[0]:
@@ -217,6 +245,17 @@ def check_picture(path, *colours):
         assert near.sum() > 50, f"{path.name}: nothing {colour}"
 
 
+def check_events(folder, steps):
+    """TensorBoard's scalars of a method."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [e.step for e in events.Scalars("metrics/modes")] == steps
+    tags = events.Tags()
+    assert {"charts/learning_rate", "charts/iterations_per_second"} <= set(tags["scalars"])
+    assert any(tag.startswith("losses/") for tag in tags["scalars"])
+    assert "arguments/text_summary" in tags["tensors"]
+
+
 @pytest.mark.parametrize("dim", [2, 1])
 def test_all_methods_in_one_run(script, tmp_path, dim):
     batch, length = (12500, 4) if dim == 2 else (3200, 2)
@@ -225,29 +264,36 @@ def test_all_methods_in_one_run(script, tmp_path, dim):
     folder = tmp_path / "a run"
     setting = json.loads((folder / "args.json").read_text())
     assert setting["args"]["method"] == "all" and setting["args"]["beta1"] == (0.8 if dim == 2 else 0.5)
+
+    # Scores
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["method"], r["epoch"], r["iteration"]) for r in lines] == [
-        (m, e, e * length) for m in METHODS[dim] for e in (1, 2)]
+    expected = [(method, epoch, epoch * length) for method in METHODS[dim] for epoch in (1, 2)]
+    assert [(line["method"], line["epoch"], line["iteration"]) for line in lines] == expected
     results = json.loads((folder / "results.json").read_text())
     assert list(results) == METHODS[dim]
     for method, result in results.items():
-        of_method = [r for r in lines if r["method"] == method]
-        for key in ("modes", "points", "tv_true", "tv_diff", *(["w1"] if dim == 1 else [])):
-            assert result[key]["per_seed"] == pytest.approx(np.mean([r[key] for r in of_method], 0).tolist())
-            assert all(len(r[key]) == len(r[key + "_ema"]) == 2 for r in of_method)
-            assert (key + "_uniform" in of_method[0]) == (dim == 2 and method in ("vaegan", "vae", "betavae"))
+        of_method = [line for line in lines if line["method"] == method]
+        for key in ["modes", "points", "tv_true", "tv_diff"] + ["w1"] * (dim == 1):
+            mean = np.mean([line[key] for line in of_method], 0)
+            assert result[key]["per_seed"] == pytest.approx(mean.tolist())
+            assert all(len(line[key]) == len(line[key + "_ema"]) == 2 for line in of_method)
+            has_a_prior = dim == 2 and method in ("vaegan", "vae", "betavae")
+            assert (key + "_uniform" in of_method[0]) == has_a_prior
         assert result["seconds"] > 0 and result["iterations_per_second"] > 0
+        check_events(folder / method, [1, 2])  # each has a folder, under the same tags
+
+    # Table, first line, last line
+    rows = out.splitlines()
+    for method in METHODS[dim]:
         title = script.METHODS[method].title
-        assert any(row.startswith(title + ", averaged G ") for row in out.splitlines())
+        assert any(row.startswith(title + ", averaged G ") for row in rows)
+        row = next(row for row in rows if row.startswith(title + "  "))
         if dim == 2:
-            row = next(row for row in out.splitlines() if row.startswith(title + "  "))
             assert all(f"{mean:.2f} ± {std:.2f}" in row for mean, std in script.METHODS[method].paper)
-        events = EventAccumulator(str(folder / method))  # a TensorBoard folder each, under the same tags
-        events.Reload()
-        assert [e.step for e in events.Scalars("metrics/modes")] == [1, 2]
-        tags = events.Tags()["scalars"]
-        assert {"charts/learning_rate", "charts/iterations_per_second"} <= set(tags)
-        assert any(t.startswith("losses/") for t in tags) and "arguments/text_summary" in events.Tags()["tensors"]
+    assert str(folder) in rows[0] and "on the CPU" in rows[0] and f"tensorboard --logdir '{folder}'" in rows[0]
+    assert rows[-1].startswith(f"{folder}: {script.METHODS[METHODS[dim][0]].title} ")
+
+    # Pictures
     check_picture(folder / "modes.png", "blue", "orange", "red")
     if dim == 1:
         check_picture(folder / "density.png", "blue", "orange")
@@ -256,18 +302,32 @@ def test_all_methods_in_one_run(script, tmp_path, dim):
     else:
         check_picture(folder / "samples.png", "blue", "red")
         check_picture(folder / "gradient_map.png", "black", "red")
-    begin = out.splitlines()[0]
-    assert str(folder) in begin and "on the CPU" in begin and f"tensorboard --logdir '{folder}'" in begin
-    assert out.splitlines()[-1].startswith(f"{folder}: {script.METHODS[METHODS[dim][0]].title} ")
 
 
 def test_where_matplotlib_and_the_output_are_odd(script, tmp_path):
     """A notebook's backend that is missing here, an output without ±; a process of its own, as both act at imports."""
-    environment = {**os.environ, "MPLBACKEND": "module://nowhere", "PYTHONIOENCODING": "ascii"}
+    environment = {**os.environ, "MPLBACKEND": "nowhere", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, ROOT / f"{script.SCRIPT}.py", "--dim", "1", "--epochs", "1", "--batch-size",
                            "6400", "--run-dir", tmp_path, "--run-name", "r"], env=environment, capture_output=True)
     assert done.returncode == 0 and (tmp_path / "r/density.png").exists(), done.stderr.decode()
     assert b"GN-GAN" in done.stdout and b" ? " in done.stdout
+
+
+def test_a_notebooks_own_plots_stay(script, tmp_path):
+    """Neither importing the script nor its pictures change matplotlib's backend or MPLBACKEND."""
+    (tmp_path / "notebook.py").write_text(f"""
+import importlib, os, pathlib, sys
+os.environ["MPLBACKEND"] = "svg"
+import matplotlib
+matplotlib.use("pdf")
+script = importlib.import_module("{script.SCRIPT}")
+sys.argv[1:] = ["--epochs", "1", "--num-seeds", "1", "--batch-size", "50000"]
+sys.argv += ["--run-dir", r"{tmp_path}", "--run-name", "r"]
+assert script.main() == 0 and pathlib.Path(r"{tmp_path}", "r/modes.png").exists()
+print(matplotlib.get_backend(), os.environ["MPLBACKEND"])
+""")
+    out, _ = run(str(tmp_path / "notebook.py"))
+    assert out.splitlines()[-1] == "pdf svg"
 
 
 LINE = ["--dim", "1", "--method", "all", "--epochs", "3", "--num-seeds", "2", "--batch-size", "3200",
@@ -341,18 +401,111 @@ def test_what_is_refused(script, arguments, words):
     assert all(word in str(error.value) for word in words)
 
 
-def test_what_a_resumed_run_refuses(script, tmp_path):
+@pytest.fixture
+def saved(script, tmp_path):
+    """The folder of a run of GN-GAN at iteration 3125, of 3125 an epoch, and its arguments."""
     args = make_args(script)
     networks, optimizers, _ = start(script, args)
-    contents = {"script": script.SCRIPT, "args": vars(args), "iteration": 0, "networks": networks,
-                "optimizers": optimizers}
-    torch.save(contents, tmp_path / "checkpoint.pt")
-    assert script.parse_args(["--resume", str(tmp_path)])[0] == args
-    with pytest.raises(UserError, match=r"--lr \(0.001 in the checkpoint, 0.1 here\), --num-seeds"):
-        script.parse_args(["--resume", str(tmp_path), "--num-seeds", "5", "--learning-rate", "0.1"])
-    networks["generator"]["w0"] = networks["generator"]["w0"][..., 1:]
-    with pytest.raises(UserError, match="does not fit"):
-        script.restore({"networks": networks}, {"networks": script.init_networks(args, CPU)})
+    torch.save({"script": script.SCRIPT, "args": vars(args), "iteration": 3125, "method": "gngan", "finished": {},
+                "networks": networks, "optimizers": optimizers}, tmp_path / "checkpoint.pt")
+    return tmp_path, args
+
+
+def test_flags_given_at_resume_replace_the_saved_ones(script, saved, capsys):
+    folder, args = saved
+    assert script.parse_args(["--resume", str(folder)])[0] == args
+    assert capsys.readouterr().err == ""
+    changed = script.parse_args(["--resume", str(folder), "--lr", "0.01", "--epochs", "600"])[0]
+    assert changed == dataclasses.replace(args, lr=0.01, epochs=600)
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(lines) == [f"{script.SCRIPT}.py: --epochs 600 (saved: 500)",
+                             f"{script.SCRIPT}.py: --lr 0.01 (saved: 0.001)"]
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--method", "gan"], ["--method is gan", "gngan"]), (["--dim", "1"], ["--dim is 1", "2"]),
+    (["--batch-size", "50000", "--epochs", "3000"], ["--epochs is 3000", "already at iteration 3125"])])
+def test_what_a_resumed_run_refuses(script, saved, flags, words):
+    with pytest.raises(UserError) as error:
+        script.parse_args(["--resume", str(saved[0]), *flags])
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("flags", [["--hidden-dim", "9"], ["--hidden-layers", "3"], ["--ema", "0.9"]], ids=" ".join)
+def test_weights_that_do_not_fit(script, saved, flags):
+    args, _, checkpoint = script.parse_args(["--resume", str(saved[0]), *flags])
+    networks, optimizers, _ = start(script, args)
+    with pytest.raises(UserError, match=r"does not fit .* networks\.\w+\.\w+ is .* there, .* here"):
+        script.restore(checkpoint, {"networks": networks, "optimizers": optimizers})
+
+
+def test_other_seeds_at_resume(script, saved):
+    """One line says what was replaced, one that it does not fit."""
+    _, err = run(script, "--resume", saved[0], "--num-seeds", 3, status=2)
+    replaced, error = [line for line in err.splitlines() if line.startswith(script.SCRIPT)]
+    assert replaced.endswith("--num-seeds 3 (saved: 2)") and "Traceback" not in err
+    assert error.startswith(f"{script.SCRIPT}.py: error: ") and "does not fit" in error
+
+
+def test_epochs_of_a_run_whose_first_methods_are_finished(script, left_alone):
+    """Its table would hold methods of two lengths."""
+    with pytest.raises(UserError, match="--epochs is 4: GAN, VAE-GAN, WGAN-GP, Dist-GAN in .* finished after 3"):
+        script.parse_args(["--resume", str(left_alone), "--epochs", "4"])
+
+
+def test_a_run_is_prolonged_by_epochs(script, tmp_path):
+    """Resumed with more epochs it is what it would be if begun with them."""
+    common = ["--dim", "1", "--num-seeds", "2", "--batch-size", "3200", "--run-dir", tmp_path]
+    run(script, *common, "--epochs", 3, "--run-name", "a")
+    run(script, *common, "--epochs", 2, "--run-name", "b")
+    _, err = run(script, "--resume", tmp_path / "b", "--epochs", 3)
+    assert "--epochs 3 (saved: 2)" in err
+    assert_same(*(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab"),
+                but=("seconds", "run_name"))
+    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------- forks
+NINTH = """
+def ninth(args: Args) -> Objectives:
+    def discriminator_objective(E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+        real, generated = D(torch.cat([draws.x, G(draws.z)])).chunk(2)
+        margin = real.mean() - generated.mean()
+        return (args.margin - margin).square(), {"margin": margin}
+
+    def generator_objective(E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+        return -D(G(draws.z)).mean(), {}
+
+    return {"discriminator": discriminator_objective, "generator": generator_objective}
+
+
+"""
+
+
+@pytest.mark.parametrize("dim,method", [(2, "ninth"), (2, "all"), (1, "all")])
+def test_a_method_of_ones_own(script, tmp_path, dim, method):
+    """In a copy of the script: its losses, a line in METHODS, a flag of its own. Nothing else is edited."""
+    text = pathlib.Path(script.__file__).read_text()
+    for mark, added in (("@dataclass(frozen=True)\nclass Method:", NINTH),
+                        ("    # optimisation\n", "    margin: float = 1\n"),
+                        ('    "gan": Method(', '    "ninth": Method("Ninth", ninth),\n')):
+        assert text.count(mark) == 1
+        text = text.replace(mark, added + mark)
+    (tmp_path / "my_fork.py").write_text(text)
+    out, err = run(str(tmp_path / "my_fork.py"), "--dim", dim, "--method", method, "--margin", 2, "--epochs", 1,
+                   "--num-seeds", 2, "--hidden-dim", 8, "--batch-size", 12500 if dim == 2 else 3200,
+                   "--run-dir", tmp_path, "--run-name", "r")
+    assert "Traceback" not in err
+    results = json.loads((tmp_path / "r/results.json").read_text())
+    assert list(results) == (["ninth", *METHODS[dim]] if method == "all" else ["ninth"])
+    row = next(row for row in out.splitlines() if row.startswith("Ninth  "))
+    assert row.split().count("-") == (4 if dim == 2 else 0)  # the paper has no figures of it
+    events = EventAccumulator(str(tmp_path / "r" / ("ninth" if method == "all" else "")))
+    events.Reload()
+    assert len(events.Scalars("losses/margin")) == 1
+    pictures = {"modes.png", "density.png", "training.gif"} if dim == 1 else {
+        "modes.png", "samples.png", "gradient_map.png"}
+    assert pictures <= {path.name for path in (tmp_path / "r").iterdir()}
 
 
 def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(script, tmp_path):

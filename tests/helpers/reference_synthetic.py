@@ -14,6 +14,14 @@ class Reference:
         self.nets = {name: self.build(params) for name, params in networks.items()}
         self.optimisers = {}
 
+    def weights(self):
+        """The networks' weights as the script lays them out, averages left out."""
+        layers = {name: [m for m in net if isinstance(m, nn.Linear)] for name, net in self.nets.items()
+                  if name != "generator_ema"}
+        return {name: {**{f"w{k}": linear.weight.T for k, linear in enumerate(linears)},
+                       **{f"b{k}": linear.bias for k, linear in enumerate(linears)}}
+                for name, linears in layers.items()}
+
     @staticmethod
     def build(params):
         layers = []
@@ -82,13 +90,15 @@ class Reference:
         self.minimise(loss, *{"both": ["encoder", "generator"], "encoder": ["encoder"],
                               "separate": ["encoder", "reconstruction"]}[self.args.autoencoder_updates])
 
-    def step(self, batch):
-        """One iteration; batch: x, z [K, B, dim], mix [K, B, 1], noise [K, B, dim]."""
-        getattr(self, self.args.method)(**batch)
+    def step(self, x, z, mix, noise):
+        """One iteration; x, z, noise [K, B, dim], mix [K, B, 1], with K updates of D."""
+        methods = {"gngan": self.gngan, "distgan": self.distgan, "gan": self.gan, "wgangp": self.wgangp,
+                   "ali": self.ali, "vaegan": self.vaegan, "vae": self.vae, "betavae": self.betavae}
+        methods[self.args.method](x, z, mix, noise)
 
     # each method
 
-    def gngan(self, x, z, mix, noise=None):
+    def gngan(self, x, z, mix, noise):
         a = self.args
         self.autoencoder_step(((x[0] - self.G(self.E(x[0]))) ** 2).mean())
         for xk, zk, mk in zip(x, z, mix):
@@ -105,7 +115,7 @@ class Reference:
         v_g = v_g + a.lambda_m2 * ((grad_x * x).sum(1).abs().mean() - (grad_f * fake).sum(1).abs().mean()) ** 2
         self.minimise(v_g, "generator")
 
-    def distgan(self, x, z, mix, noise=None):
+    def distgan(self, x, z, mix, noise):
         a = self.args
         code, fake = self.E(x[0]), self.G(z[0])
         reconstruction = self.G(code)
@@ -124,7 +134,7 @@ class Reference:
             self.minimise(loss, "discriminator")
         self.minimise((self.D(x[0]).mean() - self.D(self.G(z[0])).mean()).abs(), "generator")
 
-    def gan(self, x, z, mix, noise=None):
+    def gan(self, x, z, mix, noise):
         s = self.args.label_smoothing
         for xk, zk in zip(x, z):
             fake = self.G(zk).detach()
@@ -132,7 +142,7 @@ class Reference:
             self.minimise(loss, "discriminator")
         self.minimise(-self.log_D(self.G(z[0])).mean(), "generator")
 
-    def wgangp(self, x, z, mix, noise=None):
+    def wgangp(self, x, z, mix, noise):
         for xk, zk, mk in zip(x, z, mix):
             fake = self.G(zk).detach()
             loss = self.logit(fake).mean() - self.logit(xk).mean() + self.args.lambda_p * self.penalty(xk, fake, mk)
