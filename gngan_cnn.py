@@ -682,6 +682,8 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     records = [r for r in common.read_lines(folder / "metrics.jsonl") if r["iteration"] <= start]
     writer = None
     if main_process:
+        if start < args.iterations:  # a finished run stays as it is, whatever the flags
+            common.write_setting(folder, SCRIPT, args)
         trained = {name: networks[name] for name in optimizers}
         writer = training.begin_log(folder, args, images, trained, device, start)
         if start == 0:
@@ -808,8 +810,6 @@ def main() -> int:
         if file:
             checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
         training.check_start(args, images, device, checkpoint)
-        if main_process:
-            common.write_setting(folder, SCRIPT, args)
         signals: list[int] = []  # one that comes: the iteration is finished and everything saved
         common.on_signals(signals.append)
         finished = train(args, images, device, folder, checkpoint, evaluator, signals)

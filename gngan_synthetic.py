@@ -43,7 +43,7 @@ Networks = dict[str, Params]  # of S seeds, by name: generator, encoder, discrim
 Terms = dict[str, Tensor]  # scalars by name, which go to TensorBoard; with or without a gradient
 
 
-# ----------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
     # run
@@ -114,8 +114,7 @@ class Args:
 
     # optimisation
     epochs: Optional[int] = None
-    """Passes over the data.
-    Default: 500 in 2D (195,500 iterations), 100 in 1D (10,000 iterations) [paper]."""
+    """Passes over the data. Default: 500 in 2D (195,500 iterations), 100 in 1D (10,000) [paper]."""
     batch_size: Optional[int] = None
     """Points a mini-batch. Default: 128 in 2D [paper], 64 in 1D [authors' code]."""
     lr: float = 1e-3
@@ -134,10 +133,8 @@ class Args:
 
 
 def resolve(args: Args, name: str) -> Args:
-    """A copy of the arguments for one method, each default filled in that depends on another flag.
-
-    For `all`, the defaults that depend on the method stay None.
-    """
+    """The arguments of one method: a copy, with each default filled in that depends on another flag.
+    For `all`, those that depend on the method stay None."""
     args = dataclasses.replace(args, method=name)
     defaults = {"hidden_dim": (64, 4), "epochs": (500, 100), "batch_size": (128, 64),
                 "lr_decay": (0.99, 1.0), "beta1": (0.8, 0.5), "beta2": (0.999, 0.9)}  # 2D, 1D
@@ -151,7 +148,7 @@ def resolve(args: Args, name: str) -> Args:
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 Prior = Callable[..., Tensor]  # prior(*shape, rng=torch.Generator): draws of that shape
 
 
@@ -168,7 +165,6 @@ def normal(*shape: int, rng: torch.Generator) -> Tensor:
 @dataclass(frozen=True)
 class Problem:
     """A data set, the same for every seed and run, and what belongs to it."""
-    name: str
     points: Tensor  # the data, [N, dim]
     centers: Tensor  # the modes' centres, [M, dim]
     radius: float  # a sample this close to a centre counts as the mode's
@@ -178,21 +174,18 @@ class Problem:
 
 @functools.cache
 def make_problem(dim: int) -> Problem:
-    """The data set of --dim 2 or 1.
+    """The data set of --dim 2 or 1. The radius is 2 sqrt(2) standard deviations [2D: authors' code].
 
     2D: 25 modes of 2,000 points each, standard deviation 0.05, scaled into [0, 1] by the largest
-    coordinate [authors' data file]. 1D: 6,400 points of three equally likely modes of standard
-    deviation 0.5 at -4, 0, 4 [ours].
-
-    The radius is 2 sqrt(2) standard deviations [2D: authors' code]. 98.1% of the real points in 2D
-    lie within it.
+    coordinate [authors' data file]. 98.1% of the points lie within the radius.
+    1D: 6,400 points of three equally likely modes of standard deviation 0.5 at -4, 0, 4 [ours].
     """
     rng = torch.Generator().manual_seed(0)
     if dim == 1:
         centers = torch.tensor([[-4.0], [0.0], [4.0]])
         points = centers[torch.arange(6400) % 3] + 0.5 * torch.randn(6400, 1, generator=rng)
         radius = 2 * math.sqrt(2) * 0.5
-        return Problem("3 Gaussians in 1D", points, centers, radius, prior=normal, output=lambda x: x)
+        return Problem(points, centers, radius, prior=normal, output=lambda x: x)
     axis = torch.arange(-4.0, 5.0, 2.0)
     centers = torch.cartesian_prod(axis, axis)
     points = centers.repeat_interleave(2000, 0) + 0.05 * torch.randn(50000, 2, generator=rng)
@@ -200,7 +193,7 @@ def make_problem(dim: int) -> Problem:
     radius = float(2 * math.sqrt(2) * 0.05 / scale / 2)
     points = (points / scale + 1) / 2
     centers = (centers / scale + 1) / 2
-    return Problem("25 Gaussians in 2D", points, centers, radius, prior=uniform, output=torch.sigmoid)
+    return Problem(points, centers, radius, prior=uniform, output=torch.sigmoid)
 
 
 def epoch_length(args: Args) -> int:
@@ -242,7 +235,7 @@ def draw_epoch(args: Args, epoch: int) -> Draws:
     return Draws(*(torch.stack(values, 2) for values in zip(*seeds)))
 
 
-# ------------------------------------------------------------------------------------------------------ networks
+# ----------------------------------------------------------------------------------------- networks
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x [B, in] @ w [in, out].
 
@@ -299,28 +292,26 @@ def init_mlp(sizes: list[int], rng: torch.Generator) -> Params:
 def init_networks(args: Args, device: torch.device) -> Networks:
     """The networks of args.method, drawn on the CPU, so that every device starts from the same weights."""
     method = METHODS[args.method]
-    trained = method.objectives(args).keys()
     hidden = [args.hidden_dim] * args.hidden_layers
     sizes = {"generator": [args.dim, *hidden, args.dim]}
-    if "autoencoder" in trained or "encoder" in trained:
+    if "autoencoder" in method.objectives or "encoder" in method.objectives:
         outputs = 2 * args.dim if method.stochastic_encoder else args.dim
         sizes["encoder"] = [args.dim, *hidden, outputs]
-    if "discriminator" in trained:
+    if "discriminator" in method.objectives:
         inputs = 2 * args.dim if method.judges_pairs else args.dim
         sizes["discriminator"] = [inputs, *(hidden if args.dim == 2 else hidden[1:]), 1]
-    seeds = []
-    for seed in range(args.seed, args.seed + args.num_seeds):
-        rng = torch.Generator().manual_seed(seed)
-        seeds.append({name: init_mlp(widths, rng) for name, widths in sizes.items()})
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
     networks = {}
-    for name, params in seeds[0].items():
-        networks[name] = {k: torch.stack([one[name][k] for one in seeds]).to(device) for k in params}
+    for name, widths in sizes.items():
+        mlps = [init_mlp(widths, rng) for rng in rngs]
+        networks[name] = {k: torch.stack([params[k] for params in mlps]).to(device) for k in mlps[0]}
     if args.ema:
         networks["generator_ema"] = {k: v.clone() for k, v in networks["generator"].items()}
     return networks
 
 
-# -------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 def l2_norm(v: Tensor) -> Tensor:
     """L2 norm of each row of v [B, dim], [B]; the small constant keeps its gradient finite at 0."""
     return (v.square().sum(-1) + 1e-12).sqrt()
@@ -372,10 +363,8 @@ def gradient_penalty(discriminator: MLP, real: Tensor, fake: Tensor, mix: Tensor
     gradient; l2, of the logit's; rms, of the logit's over sqrt(dim).
     """
     point = mix * real + (1 - mix) * fake
-    if penalty == "score":
-        _, gradient = score_and_gradient(discriminator, point)
-    else:
-        _, gradient = logit_and_gradient(discriminator, point)
+    differentiate = score_and_gradient if penalty == "score" else logit_and_gradient
+    _, gradient = differentiate(discriminator, point)
     slope = l2_norm(gradient)
     if penalty == "rms":
         slope = slope / math.sqrt(point.shape[-1])
@@ -398,14 +387,16 @@ def gradient_matching(discriminator: MLP, real: Tensor, fake: Tensor) -> tuple[T
     return score_term, norm_term, inner_term
 
 
-def latent_data_distance(fake: Tensor, reconstruction: Tensor, z: Tensor, latent: Tensor) -> Tensor:
-    """Dist-GAN: (E[G(E(x)) - G(z)] - E[E(x) - z])^2, means over batch and coordinates. Scalar."""
-    return ((reconstruction - fake).mean() - (latent - z).mean()).square()
-
-
 def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
     """E KL(N(mean, exp(log_var)) || N(0, I)) of [B, d] (Kingma and Welling 2014, app. B); scalar."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1).mean()
+
+
+def feature_error(discriminator: MLP, real: Tensor, reconstruction: Tensor) -> Tensor:
+    """VAE-GAN: -log N(D's last hidden layer of x; that of G(E(x)), I) but for a constant, scalar."""
+    features = discriminator.hidden(torch.cat([real, reconstruction]))[-1]
+    features_real, features_reconstruction = features.chunk(2)
+    return 0.5 * squared_error(features_real, features_reconstruction)
 
 
 def encode_sample(encoder: MLP, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -414,9 +405,9 @@ def encode_sample(encoder: MLP, x: Tensor, noise: Tensor) -> tuple[Tensor, Tenso
     return mean + noise * (0.5 * log_var).exp(), mean, log_var
 
 
-# ------------------------------------------------------------------------------------------------------- methods
-# A method is its objectives, one an update, each a function of E, G and D of one seed and a mini-batch's
-# draws. It returns the loss that is minimised, a scalar, and what to watch: scalars by name.
+# ------------------------------------------------------------------------------------------ methods
+# A method is its objectives, one an update. Each is a function of E, G and D of one seed and a
+# mini-batch's draws. It returns the loss that is minimised, a scalar, and terms to watch.
 Result = tuple[Tensor, Terms]
 
 
@@ -425,17 +416,14 @@ def gngan_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Resul
     return squared_error(draws.x, G(E(draws.x))) / args.dim, {}
 
 
-def reconstructing_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws, alpha: float) -> Result:
-    """-V_D of Eq. 7 with its penalty. alpha: share of the reconstructions among the reals."""
+def reconstructing_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """-V_D of Eq. 7 with its penalty. Dist-GAN's reconstructions are labelled real [paper]."""
+    alpha = 0.5 if args.method == "distgan" else args.alpha
     fake = G(draws.z)
     real, generated, reconstructed = D(torch.cat([draws.x, fake, G(E(draws.x))])).chunk(3)
     loss = (1 - alpha) * real_loss(real) + alpha * real_loss(reconstructed) + fake_loss(generated)
     penalty = gradient_penalty(D, draws.x, fake, draws.mix, args.penalty)
     return loss + args.lambda_p * penalty, {"gradient_penalty": penalty}
-
-
-def gngan_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
-    return reconstructing_discriminator(args, E, G, D, draws, args.alpha)
 
 
 def gngan_generator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
@@ -447,7 +435,7 @@ def gngan_generator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
 
 
 def distgan_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
-    """Tran, Bui and Cheung 2018, as in their toy code."""
+    """Tran, Bui and Cheung 2018, as in their toy code; the means are over batch and coordinates."""
     latent = E(draws.x)
     logit = G.last(G.hidden(latent)[-1])
     if args.dim == 2:  # x lies in [0, 1]: cross-entropy
@@ -456,13 +444,8 @@ def distgan_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Res
     else:  # x in place of its reconstruction in the distance
         error = squared_error(draws.x, logit)
         reconstruction = draws.x
-    distance = latent_data_distance(G(draws.z), reconstruction, draws.z, latent)
+    distance = ((reconstruction - G(draws.z)).mean() - (latent - draws.z).mean()).square()
     return error + args.lambda_r * distance, {"reconstruction": error, "latent_data_distance": distance}
-
-
-def distgan_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
-    """Reconstructions are labelled real [paper]."""
-    return reconstructing_discriminator(args, E, G, D, draws, alpha=0.5)
 
 
 def distgan_generator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
@@ -537,71 +520,83 @@ def vaegan_discriminator(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Re
     return real_loss(real) + fake_loss(reconstructed) + fake_loss(generated), {}
 
 
-def vae_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws, beta: float = 1.0) -> Result:
-    """Kingma and Welling 2014. beta: weight of the Kullback-Leibler term."""
+def vae_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
+    """Kingma and Welling 2014; beta-VAE: Higgins et al. 2017."""
+    beta = args.vae_beta if args.method == "betavae" else 1.0
     latent, mean, log_var = encode_sample(E, draws.x, draws.noise)
     error = squared_error(draws.x, G(latent)) / (2 * args.vae_sigma**2)
     divergence = kl_divergence(mean, log_var)
     return error + beta * divergence, {"reconstruction": error, "kl_divergence": divergence}
 
 
-def betavae_autoencoder(args: Args, E: MLP, G: MLP, D: MLP, draws: Draws) -> Result:
-    """Higgins et al. 2017."""
-    return vae_autoencoder(args, E, G, D, draws, args.vae_beta)
-
-
 @dataclass(frozen=True)
 class Method:
     """What --method trains, and how it differs from the other methods."""
     title: str
-    objectives: Callable[[Args], Objectives]
+    # in the order of updates, by what is trained: encoder, generator, discriminator, autoencoder (E and G)
+    objectives: dict[str, Callable[..., Result]]
     paper: Optional[list[tuple[float, float]]] = None  # table 2: modes, points, TV true, TV diff
-    critic_steps: int = 1  # default of --critic-steps in 2D
-    critic_steps_1d: int = 1  # and in 1D
+    critic_steps: tuple[int, int] = (1, 1)  # default of --critic-steps in 2D, in 1D
     label_smoothing: float = 0.0  # default of --label-smoothing
     prior: Optional[Prior] = None  # of z in training and sampling, instead of the problem's
     stochastic_encoder: bool = False  # E gives mean and log-variance
     judges_pairs: bool = False  # D's input is (x, z)
     critic: bool = False  # D's output is a critic's, not a logit
 
+    @property
+    def judges_points(self) -> bool:
+        """Whether there is a D over the data's space, which pictures can show."""
+        return "discriminator" in self.objectives and not self.judges_pairs
+
 
 METHODS = {
     "gan": Method(
-        "GAN", gan, [(14.25, 2.49), (1013.38, 171.73), (1.00, 0.00), (0.90, 0.22)],
-        critic_steps=2, critic_steps_1d=2, label_smoothing=0.1),
+        "GAN", {"discriminator": gan_discriminator, "generator": gan_generator},
+        paper=[(14.25, 2.49), (1013.38, 171.73), (1.00, 0.00), (0.90, 0.22)],
+        critic_steps=(2, 2), label_smoothing=0.1),
     "ali": Method(
-        "ALI", ali, [(17.81, 1.80), (1281.43, 117.84), (0.99, 0.01), (0.72, 0.19)],
-        critic_steps=5, stochastic_encoder=True, judges_pairs=True),
+        "ALI", {"discriminator": ali_discriminator, "autoencoder": ali_autoencoder},
+        paper=[(17.81, 1.80), (1281.43, 117.84), (0.99, 0.01), (0.72, 0.19)],
+        critic_steps=(5, 5), stochastic_encoder=True, judges_pairs=True),
     "vaegan": Method(
-        "VAE-GAN", vaegan, [(12.75, 3.20), (1042.38, 170.17), (1.35, 0.70), (1.34, 0.98)],
+        "VAE-GAN",
+        {"encoder": vaegan_encoder, "generator": vaegan_generator, "discriminator": vaegan_discriminator},
+        paper=[(12.75, 3.20), (1042.38, 170.17), (1.35, 0.70), (1.34, 0.98)],
         prior=normal, stochastic_encoder=True),
     "vae": Method(
-        "VAE", vae, [(13.48, 2.31), (1265.45, 72.47), (1.81, 0.71), (2.16, 0.72)],
+        "VAE", {"autoencoder": vae_autoencoder},
+        paper=[(13.48, 2.31), (1265.45, 72.47), (1.81, 0.71), (2.16, 0.72)],
         prior=normal, stochastic_encoder=True),
     "betavae": Method(
-        "β-VAE", betavae, [(18.00, 2.33), (1321.17, 95.61), (1.17, 0.24), (1.47, 0.28)],
+        "β-VAE", {"autoencoder": vae_autoencoder},
+        paper=[(18.00, 2.33), (1321.17, 95.61), (1.17, 0.24), (1.47, 0.28)],
         prior=normal, stochastic_encoder=True),
     "wgangp": Method(
-        "WGAN-GP", wgangp, [(21.71, 1.35), (1180.25, 158.63), (0.90, 0.07), (0.51, 0.06)],
-        critic_steps=5, critic_steps_1d=3, critic=True),
+        "WGAN-GP", {"discriminator": wgangp_discriminator, "generator": wgangp_generator},
+        paper=[(21.71, 1.35), (1180.25, 158.63), (0.90, 0.07), (0.51, 0.06)],
+        critic_steps=(5, 3), critic=True),
     "distgan": Method(
-        "Dist-GAN", distgan, [(20.71, 4.42), (1188.62, 311.91), (0.82, 0.19), (0.43, 0.12)],
-        critic_steps=5, critic_steps_1d=3),
+        "Dist-GAN", {"autoencoder": distgan_autoencoder, "discriminator": reconstructing_discriminator,
+                     "generator": distgan_generator},
+        paper=[(20.71, 4.42), (1188.62, 311.91), (0.82, 0.19), (0.43, 0.12)],
+        critic_steps=(5, 3)),
     "gngan": Method(
-        "GN-GAN", gngan, [(24.39, 0.44), (1461.83, 222.86), (0.57, 0.17), (0.31, 0.12)]),
+        "GN-GAN", {"autoencoder": gngan_autoencoder, "discriminator": reconstructing_discriminator,
+                   "generator": gngan_generator},
+        paper=[(24.39, 0.44), (1461.83, 222.86), (0.57, 0.17), (0.31, 0.12)]),
 }
 MethodName = Literal[*METHODS, "all"]  # the choices of --method
 
 
-# ---------------------------------------------------------------------------------------------------- train step
+# --------------------------------------------------------------------------------------- train step
 def optimizers_of(args: Args, update: str) -> dict[str, str]:
     """The networks that an update of args.method trains, each with the name of its optimiser."""
     if update != "autoencoder":
         return {update: update}
-    if "generator" not in METHODS[args.method].objectives(args):  # G has no other update
-        return {"encoder": "encoder", "generator": "generator"}
-    return {"both": {"encoder": "encoder", "generator": "generator"},
-            "separate": {"encoder": "encoder", "generator": "reconstruction"},
+    both = {"encoder": "encoder", "generator": "generator"}
+    if "generator" not in METHODS[args.method].objectives:  # G has no other update
+        return both
+    return {"both": both, "separate": {"encoder": "encoder", "generator": "reconstruction"},
             "encoder": {"encoder": "encoder"}}[args.autoencoder_updates]
 
 
@@ -612,7 +607,7 @@ def init_optimizers(args: Args, networks: Networks) -> dict[str, dict]:
     G as far as the generator's, however small its gradient is.
     """
     optimizers = {}
-    for update in METHODS[args.method].objectives(args):
+    for update in METHODS[args.method].objectives:
         for network, name in optimizers_of(args, update).items():
             params = networks[network]
             optimizers[name] = {"step": torch.zeros((), device=params["w0"].device),
@@ -635,30 +630,26 @@ def adam_step(args: Args, params: Params, gradients: Params, optimizer: dict, lr
 
 def make_train_step(args: Args, networks: Networks, optimizers: dict[str, dict],
                     lr: Tensor) -> Callable[[Draws], Terms]:
-    """`train_step(draws)`: one iteration of args.method, in place; its losses and terms, each [S].
-
-    draws: one iteration's, each [K, S, B, ...]. lr: the learning rate, a tensor to be filled in place.
-    """
-    objectives = METHODS[args.method].objectives(args)
+    """`train_step(draws)`: one iteration of args.method, in place; its losses and terms, each [S]."""
     output = make_problem(args.dim).output
 
-    def differentiate(objective: Objective, trained: list[str], batch: Draws) -> tuple:
+    def differentiate(objective: Callable[..., Result], trained: list[str], batch: Draws) -> tuple:
         """Loss and terms of every seed, each [S], and gradients of the networks named in `trained`."""
-        def of_one_seed(trained: Networks, frozen: Networks, batch: Draws) -> Result:
-            params = {**frozen, **trained}
+        def of_one_seed(trained: Networks, networks: Networks, batch: Draws) -> Result:
+            params = {**networks, **trained}
             E = MLP(params.get("encoder", {}))  # what the method does not train is empty
             G = MLP(params["generator"], output)
             D = MLP(params.get("discriminator", {}), to_logits)
-            return objective(E, G, D, batch)
+            loss, terms = objective(args, E, G, D, batch)
+            return loss, training.scalars(terms)
 
         gradients, (loss, terms) = torch.vmap(torch.func.grad_and_value(of_one_seed, has_aux=True))(
-            {name: networks[name] for name in trained},
-            {name: networks[name] for name in networks if name not in trained}, batch)
+            {name: networks[name] for name in trained}, networks, batch)
         return loss, terms, gradients
 
     def train_step(draws: Draws) -> Terms:
         losses = {}
-        for update, objective in objectives.items():  # GN-GAN, Algorithm 1: autoencoder, D, G
+        for update, objective in METHODS[args.method].objectives.items():  # Algorithm 1: autoencoder, D, G
             optimizer_of = optimizers_of(args, update)
             for k in range(args.critic_steps if update == "discriminator" else 1):
                 batch = Draws(*(values[k] for values in draws))
@@ -676,16 +667,14 @@ def make_train_step(args: Args, networks: Networks, optimizers: dict[str, dict],
 
 def learning_rate(args: Args, iteration: int) -> float:
     """The learning rate of an iteration, counted from 0. Every update of a network counts."""
-    updates = len(METHODS[args.method].objectives(args))
-    if "discriminator" in METHODS[args.method].objectives(args):
-        updates += args.critic_steps - 1
+    updates = 0
+    for update in METHODS[args.method].objectives:
+        updates += args.critic_steps if update == "discriminator" else 1
     return args.lr * args.lr_decay ** (iteration * updates // 10000)
 
 
-# --------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 AXIS = torch.linspace(-6.95, 6.95, 140)  # the middles of figure 2's bins
-# What is evaluated: the ending of a score's key and of the method's title
-VARIANTS = {"": "", "_ema": ", averaged G", "_uniform": ", z uniform"}
 
 
 def register(samples: Tensor, centers: Tensor, radius: float) -> dict[str, Tensor]:
@@ -721,27 +710,24 @@ def density(samples: Tensor) -> Tensor:
     return counts / (samples.shape[1] * 0.1)
 
 
-def sample_points(args: Args, networks: Networks, epoch: int, count: int,
-                  variant: str = "") -> Tensor:
+def sample_points(args: Args, networks: Networks, epoch: int, count: int, variant: str = "") -> Tensor:
     """G(z) of every seed, [S, count, dim] on the CPU: a function of weights, seed and epoch."""
     problem = make_problem(args.dim)
-    prior = METHODS[args.method].prior or problem.prior
-    if variant == "_uniform":
+    prior = METHODS[args.method].prior
+    if prior is None or variant == "_uniform":
         prior = problem.prior
     params = networks["generator_ema" if variant == "_ema" else "generator"]
-    z = []
-    for seed in range(args.seed, args.seed + args.num_seeds):
-        rng = torch.Generator().manual_seed(draw_seed(seed, epoch, 1))
-        z.append(prior(count, args.dim, rng=rng))
-    z = torch.stack(z).to(params["w0"].device)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    rngs = [torch.Generator().manual_seed(draw_seed(seed, epoch, 1)) for seed in seeds]
+    z = torch.stack([prior(count, args.dim, rng=rng) for rng in rngs]).to(params["w0"].device)
     return torch.vmap(lambda params, z: MLP(params, problem.output)(z))(params, z).cpu()
 
 
 def evaluate(args: Args, networks: Networks, epoch: int) -> dict[str, list[float]]:
     """One evaluation: table 2's columns, in 1D with the Wasserstein distance, a number a seed.
 
-    With --ema the averaged G is evaluated too. In 2D a method with a prior of its own is evaluated on
-    the paper's uniform one too.
+    Variants are evaluated too, under keys with their ending. _ema: with --ema, the averaged G.
+    _uniform: in 2D, a method with a prior of its own on the paper's uniform one.
     """
     problem = make_problem(args.dim)
     variants = [""]
@@ -773,7 +759,7 @@ def density_and_score(args: Args, networks: Networks, epoch: int) -> Tensor:
     return torch.stack([density(sample_points(args, networks, epoch, 5 * NUM_SAMPLES)), score], 1)
 
 
-# ---------------------------------------------------------------------------------------------------------- loop
+# --------------------------------------------------------------------------------------------- loop
 def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Optional[dict],
           header: dict, signals: list[int]) -> dict:
     """Train args.method from the checkpoint, or the start, to its end or a signal in `signals`.
@@ -784,49 +770,51 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
     # Networks, optimisers, the step
     networks = init_networks(args, device)
     optimizers = init_optimizers(args, networks)
-    start, seconds, begin, frames = 0, 0.0, time.perf_counter(), []
+    start, seconds, begin = 0, 0.0, time.perf_counter()
+    losses: Terms = {}
+    frames: list[Tensor] = []
     if checkpoint is not None:
-        restore(checkpoint, {"networks": networks, "optimizers": optimizers})
+        training.restore_tensors(checkpoint, {"networks": networks, "optimizers": optimizers})
         start, seconds = checkpoint["iteration"], checkpoint["seconds"]
-        frames = checkpoint["frames"]
+        losses, frames = checkpoint["losses"], checkpoint["frames"]
     lr = torch.tensor(args.lr, device=device)
     train_step = make_train_step(args, networks, optimizers, lr)
     length = epoch_length(args)
     total = args.epochs * length
-    if args.compile and total >= COMPILE_FROM:  # the whole length: a resumed run computes the same
+    compiled = args.compile and total >= COMPILE_FROM  # the whole length: a resumed run computes the same
+    if compiled:
         torch.compiler.reset()  # the methods share one code object; its cache holds eight variants
         train_step = torch.compile(train_step, fullgraph=True, dynamic=False)
-    losses: Terms = {}
 
     # What is shown
     title = METHODS[args.method].title
-    sizes = {name: sum(v[0].numel() for v in params.values()) for name, params in networks.items()}
-    sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    print(f"{title}: {total:,} iterations; parameters a seed: {sizes}")
     # each of several methods has a TensorBoard folder of its own, so that their curves share a chart
     events = folder / args.method if header["args"]["method"] == "all" else folder
     writer = SummaryWriter(str(events), purge_step=math.ceil(start / length))
-    if start == 0:
-        writer.add_text("arguments", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()))
-    bar = tqdm(total=total, initial=start, desc=title, unit="it", mininterval=0.5, dynamic_ncols=True)
+    if start < total:  # anew when a run goes on: flags may have changed
+        arguments = "\n".join(f"    {name} = {value}" for name, value in vars(args).items())
+        writer.add_text("arguments", arguments, start // length)
+    bar = tqdm(total=total, initial=start, desc=title, unit="it", mininterval=0.5, dynamic_ncols=True,
+               postfix="compiling" if compiled else None)
 
     with writer, bar:
         for iteration in range(start, total + 1):
             epoch, position = divmod(iteration, length)
             last = iteration == total or bool(signals)
             epoch_begins = position == 0
-            due_now = epoch_begins and due(args.checkpoint_every, epoch, args.epochs)
-            save = due_now or last or iteration == 0
+            save = epoch_begins and due(args.checkpoint_every, epoch, args.epochs)
+            save = save or last or iteration == 0
+            unwritten = iteration > start or checkpoint is None  # a resumed run's first is saved
 
             # Checkpoint
             if epoch_begins or last:
-                when = f"iteration {iteration} (epoch {epoch})"
-                training.check_finite(flatten(networks), when, folder)
-            if save:
+                weights = training.flatten(networks)
+                training.check_finite(weights, f"iteration {iteration} (epoch {epoch})", folder)
+            if unwritten and save:
                 writer.flush()
-                state = {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
-                         "networks": networks, "frames": frames}
-                contents = {**header, **state, "method": args.method, "optimizers": optimizers}
+                contents = {**header, "iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
+                            "method": args.method, "networks": networks, "optimizers": optimizers,
+                            "losses": losses, "frames": frames}
                 common.write_atomically(
                     folder / "checkpoint.pt", functools.partial(torch.save, contents),
                     advice=f"make room and go on with --resume {common.quote(folder)}; ")
@@ -843,8 +831,9 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                     writer.add_scalar(f"metrics/{name}", np.mean(value), epoch)
                 for name, value in losses.items():
                     writer.add_scalar(f"losses/{name}", value.mean().item(), epoch)
-                rate = bar.format_dict["rate"] or 0.0
-                writer.add_scalar("charts/iterations_per_second", rate, epoch)
+                rate = training.images_per_second(bar, batch_size=1)
+                if rate is not None:
+                    writer.add_scalar("charts/iterations_per_second", rate, epoch)
                 writer.add_scalar("charts/learning_rate", learning_rate(args, iteration), epoch)
                 bar.set_postfix(modes=f"{np.mean(scores['modes']):.1f}",
                                 points=f"{np.mean(scores['points']):.0f}", refresh=False)
@@ -859,10 +848,11 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
             bar.update()
 
     networks = {name: {k: v.cpu() for k, v in params.items()} for name, params in networks.items()}
-    return {**state, "networks": networks, "frames": frames}
+    return {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
+            "networks": networks, "frames": frames}
 
 
-# ------------------------------------------------------------------------------------------ arguments and files
+# ------------------------------------------------------------------------------ arguments and files
 RANGES = {"seed": "[0, 2147483648)", "num_seeds": "[1, inf)", "hidden_dim": "[1, inf)",
           "hidden_layers": "[1, inf)", "ema": "[0, 1)", "lambda_p": "[0, inf)",
           "lambda_m1": "[0, inf)", "lambda_m2": "[0, inf)", "lambda_r": "[0, inf)", "alpha": "[0, 1)",
@@ -876,221 +866,104 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
     """The arguments, resolved and checked; with --resume also the checkpoint's path and contents."""
     args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT)
     args = resolve(args, args.method)
-    args.resume = None  # how this call began, no part of what the run is
     common.check_ranges(args, RANGES)
     if args.dim == 1 and args.hidden_layers < 2:
         raise UserError("--hidden-layers is 1: in 1D it must be 2 or more, since D has one less")
-    if args.dim == 1 and args.method != "all" and not judges_points(args):
-        choices = ", ".join(methods_of(resolve(args, "all")))
-        raise UserError(f"--method {args.method} is not part of the 1D experiment: choose from "
-                        f"{choices}, all")
+    choices = [*methods_of(args.dim, "all"), "all"]
+    if args.method not in choices:
+        raise UserError(f"--method {args.method} is not part of the 1D experiment: choose from {', '.join(choices)}")
     if checkpoint is None:
         return args, None, None
 
-    saved = checkpoint["args"]
-    for name in ("method", "dim"):
-        value = getattr(args, name)
-        if value != saved[name]:
-            raise UserError(f"{common.flag(name)} is {value}: the run of {file} has {saved[name]}; "
+    # once a method of several is finished, all flags: a table's methods are trained alike
+    for name in checkpoint["args"] if checkpoint.get("finished") else ("method", "dim"):
+        value, saved = getattr(args, name), checkpoint["args"][name]
+        if value != saved:
+            raise UserError(f"{common.flag(name)} is {value}: the run of {file} has {saved}; "
                             "leave the flag out, or start a new run")
     if args.epochs * epoch_length(args) < checkpoint["iteration"]:
-        raise UserError(f"--epochs is {args.epochs}: {file} is already at iteration "
-                        f"{checkpoint['iteration']}")
-    if checkpoint.get("finished") and args.epochs != saved["epochs"]:
-        titles = ", ".join(METHODS[name].title for name in checkpoint["finished"])
-        raise UserError(f"--epochs is {args.epochs}: {titles} in {file} finished after "
-                        f"{saved['epochs']}; leave the flag out, or start a new run")
+        raise UserError(f"--epochs is {args.epochs}: {file} is already at iteration {checkpoint['iteration']}")
     return args, file, checkpoint
 
 
-def judges_points(args: Args) -> bool:
-    """Whether args.method has a D over the data's space, which pictures can show."""
-    method = METHODS[args.method]
-    return "discriminator" in method.objectives(args) and not method.judges_pairs
+def methods_of(dim: int, name: str) -> list[str]:
+    """The methods that --method `name` trains. In 1D `all` are those with a D for figure 2 to draw."""
+    if name != "all":
+        return [name]
+    return [key for key, method in METHODS.items() if dim == 2 or method.judges_points]
 
 
-def methods_of(args: Args) -> list[str]:
-    """The methods that a run trains. In 1D `all` are those with a D for figure 2 to draw."""
-    if args.method != "all":
-        return [args.method]
-    return [name for name in METHODS if args.dim == 2 or judges_points(resolve(args, name))]
+# ------------------------------------------------------------------------------- table and pictures
+def gradients_of_d(name: str, networks: Networks, positions: Tensor) -> Tensor:
+    """The gradient of every seed's D, [S, n, 2], at positions [n, 2]; WGAN-GP: of the critic."""
+    differentiate = logit_and_gradient if METHODS[name].critic else score_and_gradient
+    return torch.vmap(lambda params: differentiate(MLP(params, to_logits), positions)[1])(
+        networks["discriminator"])
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dictionaries, by path: {"generator.w0": ...}."""
-    tensors = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            tensors |= flatten(value, f"{prefix}{name}.")
-        else:
-            tensors[prefix + name] = value
-    return tensors
-
-
-def restore(checkpoint: dict, state: dict) -> None:
-    """Copy a checkpoint's tensors into those of `state`, in place. Raises UserError: they do not fit."""
-    tensors = flatten(state)
-    saved = flatten({name: checkpoint[name] for name in state})
-    for path in sorted(tensors.keys() | saved.keys()):
-        here = list(tensors[path].shape) if path in tensors else "nothing"
-        there = list(saved[path].shape) if path in saved else "nothing"
-        if here != there:
-            raise UserError(f"the checkpoint does not fit {SCRIPT}.py with these flags (has one of them "
-                            f"changed since?): {path} is {there} there, {here} here")
-    for path, tensor in tensors.items():
-        tensor.copy_(saved[path])
-
-
-# ------------------------------------------------------------------------------------------- table and pictures
-Models = dict[str, dict]  # of each method what `train` returned
-
-
-def summarize(records: list[dict], model: dict) -> dict:
-    """A method's entry in results.json; mean and standard deviation (n - 1) are over the runs.
-
-    A run's figure is the mean of its last ten evaluations [ours].
-    """
-    result = {}
-    for key, value in records[-1].items():
-        if isinstance(value, list):
-            per_seed = np.mean([record[key] for record in records[-10:]], axis=0)
-            std = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0
-            result[key] = {"mean": float(per_seed.mean()), "std": std, "per_seed": per_seed.tolist()}
-    rate = model["iteration"] / model["seconds"]
-    return {**result, "epochs": records[-1]["epoch"], "iterations": model["iteration"],
-            "seconds": round(model["seconds"], 2), "iterations_per_second": round(rate, 2)}
-
-
-def table(results: dict[str, dict], dim: int) -> str:
-    """Table 2, ours beside the paper's; in 1D, where the paper has none, ours alone."""
-    columns = {"modes": "modes", "points": "points", "tv_true": "TV true *", "tv_diff": "TV diff *"}
-    note = "* our definitions; the paper's two columns are not defined there and not comparable"
-    if dim == 1:
-        columns["w1"] = "W1"
-        note = "* as in 2D; W1: the Wasserstein-1 distance between generated and real points"
-    rows = [["method"]]
-    for heading in columns.values():
-        rows[0] += [heading, "paper"] if dim == 2 else [heading]
-    for name, result in results.items():
-        paper = METHODS[name].paper
-        for variant in VARIANTS:
-            if "modes" + variant not in result:
-                continue
-            row = [METHODS[name].title + VARIANTS[variant]]
-            for i, key in enumerate(columns):
-                figure, places = result[key + variant], 1 if key == "points" else 2
-                row.append(f"{figure['mean']:.{places}f} ± {figure['std']:.{places}f}")
-                if dim == 2:
-                    row.append("{:.2f} ± {:.2f}".format(*paper[i]) if paper else "-")
-            rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, f"a run's figure is the mean of its last ten evaluations; {note}"])
-
-
-def choose_panels(args: Args, models: Models) -> list[tuple[str, int, str]]:
-    """A picture's panels as (method, seed's index, title): of one method eight seeds, of several one."""
-    seeds = range(min(8, args.num_seeds) if len(models) == 1 else 1)
-    return [(name, s, f"{METHODS[name].title}, seed {args.seed + s}") for name in models for s in seeds]
-
-
-def make_curves(key: str, records: dict[str, list[dict]]) -> list[tuple[str, str, list, list]]:
-    """Figure 3's curves of a score: label, colour, epochs [E] and values [E, S].
-
-    The averaged G, say, is drawn only where the run has one method.
-    """
-    curves = []
-    for name, lines in records.items():
-        for variant in VARIANTS if len(records) == 1 else [""]:
-            if key + variant in lines[0]:
-                color = "black" if name == "gngan" and len(records) > 1 else f"C{len(curves)}"
-                epochs, values = [r["epoch"] for r in lines], [r[key + variant] for r in lines]
-                curves.append((METHODS[name].title + VARIANTS[variant], color, epochs, values))
-    return curves
-
-
-def sample_panels(args: Args, models: Models) -> list[tuple[str, Tensor]]:
-    """Generated points [n, 2]; the title says how many of them count."""
-    problem, panels = make_problem(2), []
-    for name, s, title in choose_panels(args, models):
-        epoch = models[name]["iteration"] // epoch_length(args)
-        points = sample_points(resolve(args, name), models[name]["networks"], epoch, NUM_SAMPLES)[s]
-        scores = register(points[None], problem.centers, problem.radius)
-        title += f": {int(scores['modes'])} modes, {int(scores['points'])} points"
-        panels.append((title, points))
-    return panels
-
-
-def gradient_panels(args: Args, models: Models, positions: Tensor) -> list[tuple[str, Tensor]]:
-    """Figure 4: D's gradient [n, 2] at positions [n, 2], of each method whose D judges points.
-
-    The longest tenth is cut to one length: a few steep places must not hide the rest.
-    """
-    models = {name: model for name, model in models.items() if judges_points(resolve(args, name))}
-    panels = []
-    for name, s, title in choose_panels(args, models):
-        params = {k: v[s] for k, v in models[name]["networks"]["discriminator"].items()}
-        differentiate = logit_and_gradient if METHODS[name].critic else score_and_gradient
-        _, gradient = differentiate(MLP(params, to_logits), positions)
-        length = l2_norm(gradient)
-        length = length.clamp_min(torch.quantile(length, 0.9)).clamp_min(1e-20)
-        panels.append((title, gradient / length[:, None]))
-    return panels
-
-
-def draw_pictures(args: Args, folder: pathlib.Path, models: Models, records: dict[str, list[dict]]) -> None:
-    """Figures 3 and, in 2D, 4 with the generated points; in 1D figure 2."""
+def draw_pictures(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> None:
+    """In 2D the generated points and figure 4's gradients; in 1D figure 2. models: see `report`."""
     from common import pictures  # imports Matplotlib, which takes a second
     problem = make_problem(args.dim)
-    pictures.plot_curves([("covered modes", len(problem.centers), make_curves("modes", records)),
-                          ("registered points", NUM_SAMPLES, make_curves("points", records))],
-                         folder / "modes.png")
-    if args.dim == 2:
-        pictures.plot_points(sample_panels(args, models), problem.centers, problem.radius,
-                             folder / "samples.png")
-        offsets = torch.linspace(-0.09, 0.09, 5)
-        positions = problem.centers[:, None] + torch.cartesian_prod(offsets, offsets)
-        positions = positions.flatten(0, 1)
-        label = "gradient of D (WGAN-GP: of the critic), the longest tenth cut to one length"
-        arrows = gradient_panels(args, models, positions)
-        if arrows:
-            pictures.plot_arrows(arrows, positions, problem.centers, label, folder / "gradient_map.png")
-    else:
-        panels = []
-        for name, s, title in choose_panels(args, models):
-            panels.append((title, [frame[s] for frame in models[name]["frames"]]))
-        labels = ["density of G(z)", "D's score (WGAN-GP: the critic, scaled to [0, 1])"]
-        pictures.plot_density(panels, AXIS, density(problem.points[None])[0], labels,
-                              folder / "density.png", folder / "training.gif")
+    if args.dim == 1:
+        curves = {METHODS[name].title: torch.stack(model["frames"], 1) for name, model in models.items()}
+        panels = pictures.choose_panels(curves, args.seed)
+        data = density(problem.points[None])[0]
+        pictures.plot_density(panels, AXIS, data, folder / "density.png", folder / "training.gif")
+        return
+
+    offsets = torch.linspace(-0.09, 0.09, 5)
+    positions = (problem.centers[:, None] + torch.cartesian_prod(offsets, offsets)).flatten(0, 1)
+    samples, gradients = {}, {}
+    for name, model in models.items():
+        title = METHODS[name].title
+        epoch = model["iteration"] // epoch_length(args)
+        samples[title] = sample_points(resolve(args, name), model["networks"], epoch, NUM_SAMPLES)
+        if METHODS[name].judges_points:
+            gradients[title] = gradients_of_d(name, model["networks"], positions)
+    panels = []
+    for title, points in pictures.choose_panels(samples, args.seed):
+        scores = register(points[None], problem.centers, problem.radius)
+        panels.append((f"{title}: {int(scores['modes'])} modes, {int(scores['points'])} points", points))
+    pictures.plot_points(panels, problem.centers, problem.radius, folder / "samples.png")
+    if gradients:
+        panels = pictures.choose_panels(gradients, args.seed)
+        pictures.plot_arrows(panels, positions, problem.centers, folder / "gradient_map.png")
 
 
-def report(args: Args, folder: pathlib.Path, models: Models) -> str:
-    """Write results.json and the pictures, print the table; returns the figures in words."""
-    lines = common.read_lines(folder / "metrics.jsonl")
-    records = {name: [line for line in lines if line["method"] == name] for name in models}
-    records = {name: lines for name, lines in records.items() if lines}
-    models = {name: models[name] for name in records}
-    if not models:
+def report(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> str:
+    """Write results.json and the pictures, print the table; returns the figures in words.
+
+    models: of each method what `train` returned.
+    """
+    from common import pictures
+    records: dict[str, list[dict]] = {}
+    for line in common.read_lines(folder / "metrics.jsonl"):
+        if line["method"] in models:
+            records.setdefault(line["method"], []).append(line)
+    if not records:
         return "no evaluation yet"
-    results = {name: summarize(records[name], model) for name, model in models.items()}
+
+    results = {}
+    for name, lines in records.items():
+        results[name] = pictures.summarize(lines, models[name]["iteration"], models[name]["seconds"])
     text = json.dumps(results, indent=2) + "\n"
     common.write_atomically(folder / "results.json", lambda path: path.write_text(text))
-    draw_pictures(args, folder, models, records)
-    print(table(results, args.dim))
-    words = []
-    for name, result in results.items():
-        modes, points = result["modes"]["mean"], result["points"]["mean"]
-        words.append(f"{METHODS[name].title} {modes:.2f} modes {points:.1f} points")
-    return ", ".join(words)
+    charts = {"modes": ("covered modes", len(make_problem(args.dim).centers)),
+              "points": ("registered points", NUM_SAMPLES)}
+    curves = {METHODS[name].title: lines for name, lines in records.items()}
+    pictures.plot_curves(curves, charts, "GN-GAN", folder / "modes.png")  # figure 3
+    draw_pictures(args, folder, {name: models[name] for name in records})
+    rows = [(METHODS[name].title, result, METHODS[name].paper) for name, result in results.items()]
+    print(pictures.table(rows, with_paper=args.dim == 2))
+    return ", ".join(f"{title} {result['modes']['mean']:.2f} modes {result['points']['mean']:.1f} points"
+                     for title, result, _ in rows)
 
 
 def main() -> int:
     args, file, checkpoint = parse_args()
     device = training.choose_device(args.device, tf32=False, deterministic=False)
-    problem, methods = make_problem(args.dim), methods_of(args)
+    problem, methods = make_problem(args.dim), methods_of(args.dim, args.method)
     total = args.epochs * epoch_length(args)
     if args.compile and total >= COMPILE_FROM:
         args.compile = training.compiles(device)
@@ -1098,27 +971,28 @@ def main() -> int:
     place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
 
     with common.run_folder(place, resume=file is not None, free_name=args.run_name is None) as folder:
-        models: Models = {}  # the finished methods, and last the one that a signal stopped
-        current = None  # the method that the checkpoint is in the middle of
+        models: dict[str, dict] = {}  # the finished methods, and last the one that a signal stopped
         if file:
             checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
-            models, current = checkpoint["finished"], checkpoint["method"]
-            records = [r for r in common.read_lines(folder / "metrics.jsonl") if r["method"] in models or
-                       r["method"] == current and r["iteration"] < checkpoint["iteration"]]
+            models = checkpoint["finished"]
+            records = [record for record in common.read_lines(folder / "metrics.jsonl")
+                       if record["method"] in models or record["iteration"] < checkpoint["iteration"]]
             common.write_lines(folder / "metrics.jsonl", records)
-        common.write_setting(folder, SCRIPT, args)
+        finished = file and len(models) == len(methods) - 1 and checkpoint["iteration"] == total
+        if not finished:  # a finished run stays as it is, whatever the flags
+            common.write_setting(folder, SCRIPT, args)
         signals: list[int] = []  # the signal, if one came: the iteration is finished and all saved
         common.on_signals(signals.append)
         titles = ", ".join(METHODS[method].title for method in methods)
-        print(f"{folder}: {problem.name}, {len(problem.points):,} points, {args.num_seeds} seeds of "
-              f"{titles}, on {training.describe(device)}; to watch: tensorboard --logdir "
-              f"{common.quote(folder)}")
+        print(f"{folder}: {len(problem.points):,} points of {len(problem.centers)} Gaussians in {args.dim}D, "
+              f"{args.num_seeds} seeds of {titles}, on {training.describe(device)}; to watch: tensorboard "
+              f"--logdir {common.quote(folder)}")
 
         for method in methods:
             if method in models or signals:
                 continue
             header = {"script": SCRIPT, "args": dataclasses.asdict(args), "finished": dict(models)}
-            begun = checkpoint if method == current else None
+            begun = checkpoint if checkpoint and checkpoint["method"] == method else None
             models[method] = train(resolve(args, method), device, folder, begun, header, signals)
         summary = report(args, folder, models)
 

@@ -155,16 +155,15 @@ class Args:
 def resolve(args: Args) -> Args:
     """Fill in, in place, each default that depends on another flag.
 
-    The baseline has no kernel and no beta. Iterations counted in epochs wait for the data set, see
-    `main`.
+    Iterations counted in epochs wait for the data set, see `main`.
     """
     if args.image_size is None:
         args.image_size = {"mnist": 28, "celeba": 64}.get(args.dataset, 32)
     if args.num_is is None and args.dataset == "cifar10":
         args.num_is = 50_000
-    if args.kernel == "auto" and not args.baseline:
+    if args.kernel == "auto":
         args.kernel = "exp" if args.dataset == "celeba" else "rbf"
-    if args.beta is None and not args.baseline:
+    if args.beta is None:
         args.beta = 1.0 if args.dataset in ("mnist", "celeba") else 0.1
     return args
 
@@ -640,6 +639,8 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     records = [r for r in common.read_lines(folder / "metrics.jsonl") if r["iteration"] <= start]
     writer = None
     if main_process:
+        if start < args.iterations:  # a finished run stays as it is, whatever the flags
+            common.write_setting(folder, SCRIPT, args)
         trained = {name: networks[name] for name in optimizers}
         writer = training.begin_log(folder, args, images, trained, device, start)
         if start == 0:
@@ -764,8 +765,6 @@ def main() -> int:
         if file:
             checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
         training.check_start(args, images, device, checkpoint)
-        if main_process:
-            common.write_setting(folder, SCRIPT, args)
         signals: list[int] = []  # one that comes: the iteration is finished and everything saved
         common.on_signals(signals.append)
         finished = train(args, images, device, folder, checkpoint, evaluator, signals)

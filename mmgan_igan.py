@@ -97,16 +97,16 @@ class Args:
     """Minibatch discrimination before D's last layer; --baseline minibatch always has it."""
 
     # loss
-    kernel: Literal["auto", "none", "linear", "poly", "rbf", "exp"] = "auto"
-    """K of Eq. 7 and 8; none: Eq. 4 and 5. auto: exp [paper, figure 3]."""
+    kernel: Literal["none", "linear", "poly", "rbf", "exp"] = "exp"
+    """K of Eq. 7 and 8 [paper, figure 3]; none: Eq. 4 and 5."""
     kernel_width: Optional[float] = None
     """The kernel's width w [the paper gives none].
     Default: a moving average of the mean of two spreads, the real features' and all features' [ours].
     So K between the centroids cannot vanish."""
     alpha: float = 1.0
     """Weight of the difference of radii in Eq. 8 [paper]."""
-    beta: Optional[float] = None
-    """Weight of the correlation regulariser R_G; 0: "No R_G". Default: 0.1 [paper]."""
+    beta: float = 0.1
+    """Weight of the correlation regulariser R_G [paper]; 0: "No R_G"."""
     delta: float = 0.9
     """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
     manifold_scale: Literal["one", "width"] = "width"
@@ -166,15 +166,10 @@ class Args:
 def resolve(args: Args) -> Args:
     """Fill in, in place, each default that depends on another flag.
 
-    The baseline has no kernel and no beta. Iterations counted in epochs wait for the data set, see
-    `main`.
+    Iterations counted in epochs wait for the data set, see `main`.
     """
     if args.num_is is None and args.dataset == "cifar10":
         args.num_is = 50_000
-    if args.kernel == "auto" and not args.baseline:
-        args.kernel = "exp"
-    if args.beta is None and not args.baseline:
-        args.beta = 0.1
     return args
 
 
@@ -846,6 +841,8 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     records = [r for r in common.read_lines(folder / "metrics.jsonl") if r["iteration"] <= start]
     writer = None
     if main_process:
+        if start < args.iterations:  # a finished run stays as it is, whatever the flags
+            common.write_setting(folder, SCRIPT, args)
         trained = {name: networks[name] for name in optimizers}
         writer = training.begin_log(folder, args, images, trained, device, start)
         if start == 0:
@@ -973,8 +970,6 @@ def main() -> int:
         if file:
             checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
         training.check_start(args, images, device, checkpoint)
-        if main_process:
-            common.write_setting(folder, SCRIPT, args)
         signals: list[int] = []  # one that comes: the iteration is finished and everything saved
         common.on_signals(signals.append)
         finished = train(args, images, device, folder, checkpoint, evaluator, signals)

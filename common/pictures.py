@@ -1,5 +1,5 @@
-"""The pictures of gngan_synthetic.py. Each function draws the arrays (or tensors on the CPU) and words that it is
-handed, into a file.
+"""The pictures and the table of gngan_synthetic.py, of the figures, arrays (or tensors on the CPU) and words that each
+function is handed. What draws, draws into a file.
 
 Figures are made without pyplot, so that a notebook's own plots and its choice of a backend stay as they are.
 """
@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import sys
-from typing import Sequence
+from typing import Optional
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,65 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
+
+VARIANTS = {"": "", "_ema": ", averaged G", "_uniform": ", z uniform"}  # a score's ending, and its title's
+COLUMNS = {"modes": "modes", "points": "points", "tv_true": "TV true *", "tv_diff": "TV diff *", "w1": "W1"}
+
+
+def summarize(records: list[dict], iterations: int, seconds: float) -> dict:
+    """A method's entry in results.json, from its evaluations in order.
+
+    Mean and standard deviation (n - 1) are over the runs; a run's figure is the mean of its last ten evaluations.
+    """
+    result = {}
+    for key, value in records[-1].items():
+        if isinstance(value, list):
+            per_seed = np.mean([record[key] for record in records[-10:]], axis=0)
+            std = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0
+            result[key] = {"mean": float(per_seed.mean()), "std": std, "per_seed": per_seed.tolist()}
+    return {**result, "epochs": records[-1]["epoch"], "iterations": iterations, "seconds": round(seconds, 2),
+            "iterations_per_second": round(iterations / seconds, 2)}
+
+
+def table(methods: list[tuple[str, dict, Optional[list[tuple[float, float]]]]], with_paper: bool) -> str:
+    """Table 2 as text, from each method's title, summary and figures in the paper, if it has any.
+
+    with_paper: the paper's figures stand beside ours; otherwise ours alone.
+    """
+    columns = {key: heading for key, heading in COLUMNS.items() if key in methods[0][1]}
+    rows = [["method"]]
+    for heading in columns.values():
+        rows[0] += [heading, "paper"] if with_paper else [heading]
+    for title, result, paper in methods:
+        for variant, words in VARIANTS.items():
+            if "modes" + variant not in result:
+                continue
+            row = [title + words]
+            for i, key in enumerate(columns):
+                figure, places = result[key + variant], 1 if key == "points" else 2
+                row.append(f"{figure['mean']:.{places}f} ± {figure['std']:.{places}f}")
+                if with_paper:
+                    row.append("{:.2f} ± {:.2f}".format(*paper[i]) if paper else "-")
+            rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    lines.insert(1, "-" * len(lines[0]))
+    note = "* our definitions; the paper's two columns are not defined there and not comparable"
+    if not with_paper:
+        note = "* as in 2D; W1: the Wasserstein-1 distance between generated and real points"
+    return "\n".join([*lines, f"a run's figure is the mean of its last ten evaluations; {note}"])
+
+
+def choose_panels(values: dict[str, np.ndarray], first_seed: int) -> list[tuple[str, np.ndarray]]:
+    """A picture's panels, title and value, from all seeds' values [S, ...] of each title: of one eight seeds, of
+    several one each."""
+    panels = []
+    for title, of_seeds in values.items():
+        for s, value in enumerate(of_seeds[: 8 if len(values) == 1 else 1]):
+            panels.append((f"{title}, seed {first_seed + s}", value))
+    return panels
 
 
 def make_panels(titles: list[str], size: float, fontsize: float = 9) -> tuple[Figure, list[Axes]]:
@@ -60,11 +119,18 @@ def plot_points(panels: list[tuple[str, np.ndarray]], centers: np.ndarray, radiu
     save(figure, path)
 
 
-def plot_arrows(panels: list[tuple[str, np.ndarray]], positions: np.ndarray, centers: np.ndarray, label: str,
+def plot_arrows(panels: list[tuple[str, np.ndarray]], positions: np.ndarray, centers: np.ndarray,
                 path: pathlib.Path) -> None:
-    """A title and arrows [n, 2] at positions [n, 2] in the unit square a panel; centres [M, 2] as dots."""
+    """A title and D's gradient [n, 2] at positions [n, 2] in the unit square a panel; centres [M, 2] as dots.
+
+    The longest tenth of the arrows is cut to one length: a few steep places must not hide the rest.
+    """
     figure, axes = make_panels([title for title, _ in panels], size=3.2)
-    for ax, (_, arrows) in zip(axes, panels):
+    label = "gradient of D's score or of the critic, the longest tenth cut to one length"
+    for ax, (_, gradient) in zip(axes, panels):
+        gradient = np.asarray(gradient)
+        length = np.linalg.norm(gradient, axis=1)
+        arrows = gradient / np.maximum(length, max(np.quantile(length, 0.9), 1e-20))[:, None]
         ax.quiver(*positions.T, *arrows.T, angles="xy", scale_units="xy", scale=26, width=0.0028)
         ax.plot([], [], "k", marker=r"$\rightarrow$", linestyle="", markersize=12, label=label)
         ax.scatter(*centers.T, s=14, c="tab:red", zorder=3, label="centre of a true mode")
@@ -72,20 +138,28 @@ def plot_arrows(panels: list[tuple[str, np.ndarray]], positions: np.ndarray, cen
     save(figure, path)
 
 
-def plot_curves(charts: list[tuple[str, float, list[tuple[str, str, Sequence, Sequence]]]], path: pathlib.Path) -> None:
-    """Charts side by side over epochs. Each: the axis' name, the highest value possible and its curves.
+def plot_curves(records: dict[str, list[dict]], charts: dict[str, tuple[str, float]], highlighted: str,
+                path: pathlib.Path) -> None:
+    """Scores over epochs, from the evaluations of each title: their mean and one standard deviation over the seeds.
 
-    A curve: label, colour, epochs [E] and values [E, S]; drawn are the mean and one standard deviation over S.
+    charts: side by side, by a score's key, the axis' name and the highest value possible. With several titles the
+    highlighted one is black; of a single one its variants, as of an averaged G, are drawn too.
     """
     figure = Figure(figsize=(5 * len(charts), 3.6), layout="constrained")
     axes = figure.subplots(1, len(charts), squeeze=False)[0]
-    for ax, (name, limit, curves) in zip(axes, charts):
-        for label, color, epochs, values in curves:
-            mean, std = np.mean(values, 1), np.std(values, 1)
-            marker = "." if len(epochs) <= 10 else None
-            ax.plot(epochs, mean, label=label, color=color, linewidth=1.1, marker=marker)
-            alpha = 0.15 if len(curves) <= 3 else 0.06
-            ax.fill_between(epochs, mean - std, mean + std, color=color, linewidth=0, alpha=alpha)
+    for ax, (key, (name, limit)) in zip(axes, charts.items()):
+        for title, lines in records.items():
+            epochs = [record["epoch"] for record in lines]
+            for variant, words in VARIANTS.items():
+                if key + variant not in lines[0] or variant and len(records) > 1:
+                    continue
+                values = [record[key + variant] for record in lines]  # [E, S]
+                mean, std = np.mean(values, 1), np.std(values, 1)
+                color = "black" if title == highlighted and len(records) > 1 else f"C{len(ax.lines)}"
+                marker = "." if len(epochs) <= 10 else None
+                ax.plot(epochs, mean, label=title + words, color=color, linewidth=1.1, marker=marker)
+                alpha = 0.15 if len(records) <= 3 else 0.06
+                ax.fill_between(epochs, mean - std, mean + std, color=color, linewidth=0, alpha=alpha)
         ax.axhline(limit, color="grey", linewidth=0.8, linestyle=":", label="all")
         ax.fill_between([], [], color="grey", alpha=0.3, label="± one standard deviation of the seeds")
         ax.set(xlabel="epoch", ylabel=name, ylim=(0, limit * 1.04))
@@ -93,12 +167,13 @@ def plot_curves(charts: list[tuple[str, float, list[tuple[str, str, Sequence, Se
     save(figure, path, columns=5)
 
 
-def plot_density(panels: list[tuple[str, list[np.ndarray]]], x: np.ndarray, data: np.ndarray, labels: tuple[str, str],
-                 path: pathlib.Path, video: pathlib.Path) -> None:
-    """A title and two curves over training a panel, one pair [2, X] an epoch: the last as a picture, all as a video.
+def plot_density(panels: list[tuple[str, np.ndarray]], x: np.ndarray, data: np.ndarray, path: pathlib.Path,
+                 video: pathlib.Path) -> None:
+    """A title and two curves over E epochs a panel, [E, 2, X]: the last epoch as a picture, all as a video.
 
-    x [X]: where the curves and `data` [X], the data's density, are known. labels: of the two curves.
+    The curves are the density of G(z) and D's score. x [X]: where they and `data` [X], the data's density, are known.
     """
+    labels = ("density of G(z)", "D's score (a critic: scaled to [0, 1])")
     figure, axes = make_panels([title for title, _ in panels], size=2.4)
     lines = []
     for ax, (_, frames) in zip(axes, panels):

@@ -277,8 +277,9 @@ def begin_log(folder: pathlib.Path, args, images: Tensor, networks: dict[str, nn
     from torch.utils.tensorboard import SummaryWriter  # a second to import
     (folder / "samples").mkdir(exist_ok=True)
     writer = SummaryWriter(str(folder), purge_step=start + 1)
-    arguments = "\n".join(f"    {name} = {value}" for name, value in vars(args).items())
-    writer.add_text("arguments", arguments, start)  # anew when a run goes on: flags may have changed
+    if start < args.iterations:  # anew when a run goes on: flags may have changed
+        arguments = "\n".join(f"    {name} = {value}" for name, value in vars(args).items())
+        writer.add_text("arguments", arguments, start)
     return writer
 
 
@@ -301,3 +302,32 @@ def print_end(folder: pathlib.Path, args, finished: bool) -> None:
         print(f"{folder}: {args.iterations} iterations, {scores}")
     else:
         print(f"{folder}: stopped ({scores}); go on with --resume {quote(folder)}")
+
+
+# ----------------------------------------------------------------------------------- tensors in nested dictionaries
+def flatten(tree: dict, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of nested dictionaries, by path: {"generator.w0": ...}."""
+    tensors = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            tensors |= flatten(value, f"{prefix}{name}.")
+        else:
+            tensors[prefix + name] = value
+    return tensors
+
+
+def restore_tensors(checkpoint: dict, state: dict) -> None:
+    """Copy a checkpoint's tensors into those of `state`, nested dictionaries, in place.
+
+    Raises UserError: they do not fit.
+    """
+    tensors = flatten(state)
+    saved = flatten({name: checkpoint[name] for name in state})
+    for path in sorted(tensors.keys() | saved.keys()):
+        here = list(tensors[path].shape) if path in tensors else "nothing"
+        there = list(saved[path].shape) if path in saved else "nothing"
+        if here != there:
+            raise UserError(f"the checkpoint does not fit {checkpoint['script']}.py with these flags (has one of them "
+                            f"changed since?): {path} is {there} there, {here} here")
+    for path, tensor in tensors.items():
+        tensor.copy_(saved[path])

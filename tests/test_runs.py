@@ -304,9 +304,10 @@ def test_looking_does_not_change_training(script, straight, data, tmp_path):
 
 @scripts.alike()
 def test_a_finished_run_resumed_is_finished(script, straight):
-    before = (straight / "generator.pt").read_bytes()
-    out, _ = run(script, "--resume", straight)
-    assert f"{TOTAL} iterations" in out.splitlines()[-1] and (straight / "generator.pt").read_bytes() == before
+    files = [straight / name for name in ("generator.pt", "checkpoint.pt", "args.json")]
+    before = [file.read_bytes() for file in files]
+    out, _ = run(script, "--resume", straight, "--lr", "0.5")
+    assert f"{TOTAL} iterations" in out.splitlines()[-1] and [file.read_bytes() for file in files] == before
 
 
 @scripts.alike()
@@ -482,6 +483,9 @@ def test_a_flag_replaces_the_saved_one(script, data, tmp_path):
         "--iterations 4 (saved: 2)", f"--lr 0.01 (saved: {script.Args().lr})", "--log-every 1 (saved: 100)")]
     rates = {e.step: e.value for e in scalars(tmp_path / "r", "charts/learning_rate")}
     assert rates[3] == rates[4] == pytest.approx(0.01)
+    texts = events(tmp_path / "r").Tensors("arguments/text_summary")
+    texts = {e.step: e.tensor_proto.string_val[0].decode() for e in texts}
+    assert f"    lr = {script.Args().lr}\n" in texts[0] and "    lr = 0.01\n" in texts[2]
     saved = checkpoint(tmp_path / "r")
     assert saved["iteration"] == 4 and saved["args"]["lr"] == 0.01  # and is what the next resume goes on with
     _, err = run(script, "--resume", tmp_path / "r")
@@ -496,8 +500,8 @@ def test_a_flag_replaces_the_saved_one(script, data, tmp_path):
 @scripts.alike()
 def test_resume_errors(script, straight, data, tmp_path):
     refuse(script, ["holds G alone"], "--resume", straight / "generator.pt")
-    check_errors(script, [(["--iterations is 7: the run is already at 40"], ["--resume", straight, "--iterations", 7,
-                                                                             *constant(script)])],
+    reason = "was begun for 40" if constant(script) else "the run is already at 40"
+    check_errors(script, [(["--iterations is 7", reason], ["--resume", straight, "--iterations", 7])],
                  replaced=["--iterations 7 (saved: 40)"])
     saved = checkpoint(straight)
     foreign = changed(straight, tmp_path, args=saved["args"] | {"unknown": 1})
