@@ -92,8 +92,10 @@ def own_slice(n: int) -> slice:
 @torch.no_grad()
 def average(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their means over torchrun's processes, in one message; alone: nothing."""
+    if not dist.is_initialized():
+        return
     tensors = list(tensors)
-    if not dist.is_initialized() or not tensors:
+    if not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
