@@ -728,10 +728,12 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     Returns whether it came to the end.
     images: uint8 [N, 3, H, W]; evaluator: common.metrics.Evaluator, or None for no scores.
     """
+    header = {"script": SCRIPT, "args": dataclasses.asdict(args), "data": training.fingerprint(images)}
+    training.check_start(args, images, device, checkpoint)
+
     # Networks, optimisers, draws, the step
     networks = init_networks(args, device)
     optimizers = init_optimizers(args, networks)
-    header = {"script": SCRIPT, "args": dataclasses.asdict(args), "data": training.fingerprint(images)}
     start, seconds, begin = 0, 0.0, time.perf_counter()
     if checkpoint is not None:
         training.check_data(checkpoint, header["data"], args.data_dir)
@@ -747,7 +749,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     if args.cuda_graph and device.type == "cuda":
         train_step = training.GraphedStep(train_step, rng)
     sampled = "generator_ema" if args.ema else "generator"
-    sample_rng = torch.Generator().manual_seed(draw_seed(args.seed, 0, 1))  # as make_sampler's
+    sample_rng = torch.Generator().manual_seed(draw_seed(args.seed, 0, 1))  # on every device the same
     fixed_noise = draw_latents(64, args, sample_rng).to(device)
     losses: Terms = {}
 
@@ -757,7 +759,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     writer = None
     if main_process:
         if start < args.iterations:  # a finished run stays as it is, whatever the flags
-            common.write_setting(folder, SCRIPT, args)
+            common.write_setting(folder, SCRIPT, header["args"])
         trained = {name: networks[name] for name in optimizers}
         writer = training.begin_log(folder, args, images, trained, device, start)
         if start == 0:
@@ -771,7 +773,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
             last = iteration == args.iterations or training.stopping(signals)
             log = due(args.log_every, iteration, args.iterations)
             sample = due(args.sample_every, iteration, args.iterations)
-            evaluate = due(args.eval_every, iteration, args.iterations)
+            evaluate = evaluator is not None and due(args.eval_every, iteration, args.iterations)
             save = due(args.checkpoint_every, iteration, args.iterations)
             save = save or evaluate or last or iteration == 0
             # what a resumed run shows of its first iteration was written before it stopped
@@ -884,7 +886,6 @@ def main() -> int:
 
         if file:
             checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
-        training.check_start(args, images, device, checkpoint)
         signals: list[int] = []  # one that comes: the iteration is finished and everything saved
         common.on_signals(signals.append)
         finished = train(args, images, device, folder, checkpoint, evaluator, signals)

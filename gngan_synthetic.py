@@ -875,8 +875,10 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
     if checkpoint is None:
         return args, None, None
 
-    # once a method of several is finished, all flags: a table's methods are trained alike
-    for name in checkpoint["args"] if checkpoint.get("finished") else ("method", "dim"):
+    fixed = {"method", "dim", "seed", "batch_size"}  # an epoch, say, stays what it is
+    if checkpoint.get("finished"):  # a table's methods are trained alike
+        fixed = checkpoint["args"].keys() - {"device", "compile", "checkpoint_every"}
+    for name in sorted(fixed):
         value, saved = getattr(args, name), checkpoint["args"][name]
         if value != saved:
             raise UserError(f"{common.flag(name)} is {value}: the run of {file} has {saved}; "
@@ -965,12 +967,13 @@ def main() -> int:
     device = training.choose_device(args.device, tf32=False, deterministic=False)
     problem, methods = make_problem(args.dim), methods_of(args.dim, args.method)
     total = args.epochs * epoch_length(args)
+    saved = dataclasses.asdict(args)
     if args.compile and total >= COMPILE_FROM:
         args.compile = training.compiles(device)
     name = args.run_name or f"synthetic{args.dim}d__{SCRIPT}__{args.seed}__{int(time.time())}"
     place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
 
-    with common.run_folder(place, resume=file is not None, free_name=args.run_name is None) as folder:
+    with common.run_folder(place, resume=file is not None, free_name=not (file or args.run_name)) as folder:
         models: dict[str, dict] = {}  # the finished methods, and last the one that a signal stopped
         if file:
             checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
@@ -980,7 +983,7 @@ def main() -> int:
             common.write_lines(folder / "metrics.jsonl", records)
         finished = file and len(models) == len(methods) - 1 and checkpoint["iteration"] == total
         if not finished:  # a finished run stays as it is, whatever the flags
-            common.write_setting(folder, SCRIPT, args)
+            common.write_setting(folder, SCRIPT, saved)
         signals: list[int] = []  # the signal, if one came: the iteration is finished and all saved
         common.on_signals(signals.append)
         titles = ", ".join(METHODS[method].title for method in methods)
@@ -991,7 +994,7 @@ def main() -> int:
         for method in methods:
             if method in models or signals:
                 continue
-            header = {"script": SCRIPT, "args": dataclasses.asdict(args), "finished": dict(models)}
+            header = {"script": SCRIPT, "args": saved, "finished": dict(models)}
             begun = checkpoint if checkpoint and checkpoint["method"] == method else None
             models[method] = train(resolve(args, method), device, folder, begun, header, signals)
         summary = report(args, folder, models)

@@ -90,6 +90,8 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
     if args.resume and "optimizers" not in checkpoint:
         raise UserError(f"{file} holds G alone: give --resume the run folder or its checkpoint.pt")
     args = tyro.cli(cls, args=argv, default=cls(**saved), description=description)
+    for name in {"run_dir", "run_name"} & saved.keys():
+        setattr(args, name, saved[name])  # the run stays where it is
     for name, value in vars(args).items():
         differs = name not in OF_ONE_CALL and (name not in saved or value != saved[name])
         if differs and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
@@ -219,10 +221,10 @@ def read_checkpoint(path: str | os.PathLike, script: str) -> tuple[pathlib.Path,
     return file, checkpoint
 
 
-def write_setting(folder: pathlib.Path, script: str, args) -> None:
+def write_setting(folder: pathlib.Path, script: str, args: dict) -> None:
     """args.json: the script, every argument, the versions of what it runs on."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    setting = {"script": script, "args": dataclasses.asdict(args), "versions": versions}
+    setting = {"script": script, "args": args, "versions": versions}
     write_atomically(folder / "args.json", lambda path: path.write_text(json.dumps(setting, indent=2) + "\n"))
 
 

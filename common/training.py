@@ -196,8 +196,9 @@ def save_checkpoint(folder: pathlib.Path, header: dict, networks: nn.ModuleDict,
     header: what both hold beside weights: script, args, iteration, seconds, data (the images' fingerprint).
     """
     moments = {name: optimizer.state_dict()["state"] for name, optimizer in optimizers.items()}
-    contents = {"checkpoint.pt": {**header, "networks": networks.state_dict(), "optimizers": moments},
-                "generator.pt": {**header, "networks": nn.ModuleDict({sampled: networks[sampled]}).state_dict()}}
+    # checkpoint.pt last: a run that goes on from it has the generator.pt that belongs to it, or a newer one
+    contents = {"generator.pt": {**header, "networks": nn.ModuleDict({sampled: networks[sampled]}).state_dict()},
+                "checkpoint.pt": {**header, "networks": networks.state_dict(), "optimizers": moments}}
     for name, checkpoint in contents.items():
         write_atomically(folder / name, functools.partial(torch.save, checkpoint),
                          f"make room and go on with --resume {quote(folder)}; ")
@@ -241,7 +242,7 @@ def open_run(args, file: Optional[pathlib.Path], default_name: str) -> contextli
                         "each")
     if rank > 0:
         return contextlib.nullcontext(place)
-    return run_folder(place, resume=file is not None, free_name=args.run_name is None)
+    return run_folder(place, resume=file is not None, free_name=file is None and args.run_name is None)
 
 
 def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional[dict]) -> None:

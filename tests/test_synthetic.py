@@ -416,10 +416,10 @@ def test_what_is_refused(script, arguments, words):
 
 @pytest.fixture
 def saved(script, tmp_path):
-    """The folder of a run of GN-GAN at iteration 3125, of 3125 an epoch, and its arguments."""
+    """The folder of a run of GN-GAN at iteration 6250, of 3125 an epoch, and its arguments."""
     args = make_args(script)
     networks, optimizers, _ = start(script, args)
-    torch.save({"script": script.SCRIPT, "args": vars(args), "iteration": 3125, "method": "gngan", "finished": {},
+    torch.save({"script": script.SCRIPT, "args": vars(args), "iteration": 6250, "method": "gngan", "finished": {},
                 "networks": networks, "optimizers": optimizers}, tmp_path / "checkpoint.pt")
     return tmp_path, args
 
@@ -437,7 +437,8 @@ def test_flags_given_at_resume_replace_the_saved_ones(script, saved, capsys):
 
 @pytest.mark.parametrize("flags,words", [
     (["--method", "gan"], ["--method is gan", "gngan"]), (["--dim", "1"], ["--dim is 1", "2"]),
-    (["--batch-size", "50000", "--epochs", "3000"], ["--epochs is 3000", "already at iteration 3125"])])
+    (["--batch-size", "50"], ["--batch-size is 50", "16"]),
+    (["--epochs", "1"], ["--epochs is 1", "already at iteration 6250"])])
 def test_what_a_resumed_run_refuses(script, saved, flags, words):
     with pytest.raises(UserError) as error:
         script.parse_args(["--resume", str(saved[0]), *flags])
@@ -465,6 +466,9 @@ def test_flags_of_a_run_whose_first_methods_are_finished(script, left_alone, fla
     """Its table would hold methods of two lengths, or trained otherwise."""
     with pytest.raises(UserError, match=f"{flag} is {given}: the run of .* has {saved}; leave the flag out"):
         script.parse_args(["--resume", str(left_alone), flag, given])
+    elsewhere = ["--device", "cpu", "--checkpoint-every", "1", "--run-name", "x", "--run-dir", "y"]
+    args, _, _ = script.parse_args(["--resume", str(left_alone), *elsewhere])  # what is computed stays
+    assert (args.device, args.checkpoint_every, args.run_name) == ("cpu", 1, "r")
 
 
 def test_a_run_is_prolonged_by_epochs(script, tmp_path):
