@@ -106,7 +106,7 @@ def test_a_new_flag_is_one_line(script, tmp_path, capsys):
     first = re.search(r"^class Args:\n", source, re.M)
     (tmp_path / "before.py").write_text(source)
     module = load(tmp_path / "before.py", "fork_before")
-    saved = {k: v for k, v in vars(module.Args()).items()}
+    saved = dict(vars(module.parse_args([])[0]))
     fork = source[: first.end()] + "    new_weight: float = 0.5\n" + source[first.end() :]
     (tmp_path / "after.py").write_text(fork)
     module = load(tmp_path / "after.py", "fork_after")
