@@ -71,8 +71,9 @@ class Args:
     """A run folder, checkpoint.pt or generator.pt: write images of it to --out; train nothing."""
     num_images: int = 64
     """With --generate: how many."""
-    out: str = "generated"
-    """With --generate: a folder for PNGs, x.png for a grid, x.npy for a uint8 array [N, H, W, C]."""
+    out: Optional[str] = None
+    """With --generate: a folder for PNGs, x.png for a grid, x.npy for a uint8 array [N, H, W, C].
+    Default: the folder `generated` beside the checkpoint."""
 
     # data
     dataset: Literal["cifar10", "stl10", "folder"] = "cifar10"
@@ -742,7 +743,8 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
                 if main_process:
                     common.write_lines(folder / "metrics.jsonl", records)
                     for name, value in scores.items():
-                        writer.add_scalar(f"metrics/{name}", value, iteration)
+                        if isinstance(value, float):  # the others are numbers of images
+                            writer.add_scalar(f"metrics/{name}", value, iteration)
                 bar.unpause()  # the rate is of training alone
 
             # Train
@@ -759,7 +761,7 @@ RANGES = {"seed": "[0, 2147483648)", "num_images": "[1, inf)", "image_size": "[1
           "lambda_m1": "[0, inf)", "lambda_m2": "[0, inf)", "alpha": "[0, 1)", "iterations": "[1, inf)",
           "batch_size": "[2, inf)", "lr": "(0, inf)", "beta1": "[0, 1)", "beta2": "[0, 1)",
           "log_every": "[0, inf)", "sample_every": "[0, inf)", "eval_every": "[0, inf)",
-          "checkpoint_every": "[0, inf)", "num_real": "[2, inf)", "num_fake": "[10, inf)"}
+          "checkpoint_every": "[0, inf)", "num_real": "[4, inf)", "num_fake": "[10, inf)"}
 
 
 def parse_args(argv: Optional[list[str]] = None
@@ -792,7 +794,7 @@ def main() -> int:
     if args.generate:
         if main_process:
             sampler = make_sampler(load_generator(args, checkpoint, device), args, device)
-            datasets.write_images(sampler, args.num_images, args.out)
+            datasets.write_images(sampler, args.num_images, args.out or file.parent / "generated")
         return 0
 
     with training.open_run(args, file, default_name=f"{args.dataset}__{SCRIPT}") as folder:

@@ -19,7 +19,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
+import sys
 import time
 from dataclasses import dataclass
 from typing import Callable, Literal, NamedTuple, Optional
@@ -825,8 +827,8 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 if args.dim == 1:
                     frames = [*frames, density_and_score(args, networks, epoch)]
                 record = {"method": args.method, "epoch": epoch, "iteration": iteration, **scores}
-                with open(folder / "metrics.jsonl", "ab", buffering=0) as file:
-                    file.write((json.dumps(record) + "\n").encode())  # a line whole or not at all
+                with open(folder / "metrics.jsonl", "a") as file:  # a line that a full disk cuts is made again
+                    file.write(json.dumps(record) + "\n")
                 for name, value in scores.items():
                     writer.add_scalar(f"metrics/{name}", np.mean(value), epoch)
                 for name, value in losses.items():
@@ -936,20 +938,22 @@ def draw_pictures(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> 
 def report(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> str:
     """Write results.json and the pictures, print the table; returns the figures in words.
 
-    models: of each method what `train` returned.
+    models: of each method what `train` returned, or {"diverged": when}.
     """
     from common import pictures
+    diverged = {name: model for name, model in models.items() if "diverged" in model}
     records: dict[str, list[dict]] = {}
     for line in common.read_lines(folder / "metrics.jsonl"):
-        if line["method"] in models:
+        if line["method"] in models and line["method"] not in diverged:
             records.setdefault(line["method"], []).append(line)
+    ends = [f"{METHODS[name].title} diverged at {model['diverged']}" for name, model in diverged.items()]
     if not records:
-        return "no evaluation yet"
+        return ", ".join(ends) or "no evaluation yet"
 
     results = {}
     for name, lines in records.items():
         results[name] = pictures.summarize(lines, models[name]["iteration"], models[name]["seconds"])
-    text = json.dumps(results, indent=2) + "\n"
+    text = json.dumps(results | diverged, indent=2) + "\n"
     common.write_atomically(folder / "results.json", lambda path: path.write_text(text))
     charts = {"modes": ("covered modes", len(make_problem(args.dim).centers)),
               "points": ("registered points", NUM_SAMPLES)}
@@ -957,9 +961,10 @@ def report(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> str:
     pictures.plot_curves(curves, charts, "GN-GAN", folder / "modes.png")  # figure 3
     draw_pictures(args, folder, {name: models[name] for name in records})
     rows = [(METHODS[name].title, result, METHODS[name].paper) for name, result in results.items()]
-    print(pictures.table(rows, with_paper=args.dim == 2))
-    return ", ".join(f"{title} {result['modes']['mean']:.2f} modes {result['points']['mean']:.1f} points"
-                     for title, result, _ in rows)
+    print("\n".join([pictures.table(rows, with_paper=args.dim == 2), *ends]))
+    figures = [f"{title} {result['modes']['mean']:.2f} modes {result['points']['mean']:.1f} points"
+               for title, result, _ in rows]
+    return ", ".join(figures + ends)
 
 
 def main() -> int:
@@ -971,10 +976,10 @@ def main() -> int:
     if args.compile and total >= COMPILE_FROM:
         args.compile = training.compiles(device)
     name = args.run_name or f"synthetic{args.dim}d__{SCRIPT}__{args.seed}__{int(time.time())}"
-    place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
+    place = file.parent if file else common.expand(os.path.join(args.run_dir, name))
 
     with common.run_folder(place, resume=file is not None, free_name=not (file or args.run_name)) as folder:
-        models: dict[str, dict] = {}  # the finished methods, and last the one that a signal stopped
+        models: dict[str, dict] = {}  # of the methods that ended, and last of the one that a signal stopped
         if file:
             checkpoint = common.read_checkpoint(file, SCRIPT)[1]  # it may have gone on until now
             models = checkpoint["finished"]
@@ -996,10 +1001,17 @@ def main() -> int:
                 continue
             header = {"script": SCRIPT, "args": saved, "finished": dict(models)}
             begun = checkpoint if checkpoint and checkpoint["method"] == method else None
-            models[method] = train(resolve(args, method), device, folder, begun, header, signals)
+            try:
+                models[method] = train(resolve(args, method), device, folder, begun, header, signals)
+            except training.Diverged as error:
+                if len(methods) == 1:
+                    raise
+                models[method] = {"diverged": error.when}  # the others go on
+                print(f"{METHODS[method].title} diverged at {error.when}", file=sys.stderr)
         summary = report(args, folder, models)
 
-    if len(models) == len(methods) and models[methods[-1]]["iteration"] == total:
+    ended = [model for model in models.values() if "diverged" in model or model["iteration"] == total]
+    if len(ended) == len(methods):
         print(f"{folder}: {summary}")
         return 0
     print(f"{folder}: stopped ({summary}); go on with --resume {common.quote(folder)}")

@@ -19,7 +19,6 @@ import csv
 import io
 import json
 import logging
-import os
 import pathlib
 import random
 import secrets
@@ -37,7 +36,7 @@ import waitress
 from PIL import Image
 from werkzeug.exceptions import HTTPException
 
-from common import UserError, check_ranges, datasets, reason, run, write_atomically
+from common import UserError, check_ranges, datasets, expand, reason, run, write_atomically
 
 SCRIPT = pathlib.Path(__file__).stem
 DATASETS = {"mnist": 28, "cifar10": 32, "stl10": 48, "celeba": 64}  # height and width in the papers
@@ -94,7 +93,7 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
     def load(name: str, root: str | pathlib.Path, image_size: int) -> np.ndarray:
         return datasets.load(name, root, image_size).numpy().transpose(0, 2, 3, 1)
 
-    path = pathlib.Path(source)
+    path = expand(source)
     if source in ("celeba", "stl10"):
         return load(source, data_dir, image_size=size or DATASETS[source])
     if source in DATASETS:
@@ -198,7 +197,7 @@ class Study:
         self.lock = threading.Lock()  # of the connection; SQLite writes one transaction at a time
         settings = json.dumps({"images": counts, "per_method": args.per_method, "pages": args.pages})
         try:
-            self.db = sqlite3.connect(args.db, isolation_level="IMMEDIATE", check_same_thread=False)
+            self.db = sqlite3.connect(expand(args.db), isolation_level="IMMEDIATE", check_same_thread=False)
             self.db.executescript(SCHEMA)
             with self.db:
                 self.db.execute("INSERT INTO study SELECT ? WHERE NOT EXISTS (SELECT * FROM study)", (settings,))
@@ -402,7 +401,7 @@ def bootstrap(marked: np.ndarray, shown: np.ndarray, resamples: int = 10_000) ->
 def tally(path: str) -> tuple[list[dict], str]:
     """The table's rows (last the paper's methods that the study lacks), and a line on what counted.
     Raises UserError: not the file of a study, no votes."""
-    uri = pathlib.Path(path).absolute().as_uri() + "?mode=rw"  # a file that is missing is not made
+    uri = expand(path).absolute().as_uri() + "?mode=rw"  # a file that is missing is not made
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
             settings, = db.execute("SELECT settings FROM study").fetchone()
@@ -456,8 +455,7 @@ def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
 
 def draw_chart(path: pathlib.Path, rows: list[dict]) -> None:
     """Draw the shares and their intervals as bars, a PNG."""
-    os.environ["MPLBACKEND"] = "agg"  # else a notebook's backend, not installed, fails the import
-    from matplotlib.figure import Figure
+    from common.pictures import Figure  # Matplotlib, which takes a second
     studied = [row for row in rows if "share" in row]
     methods = [row["method"] for row in studied]
     percent = np.array([[row["share"], row["low"], row["high"]] for row in studied]) * 100
@@ -480,9 +478,9 @@ def main() -> int:
         rows, summary = tally(args.tally)
         print(f"{table(rows)}\n{summary}")
         if args.csv:
-            write_atomically(pathlib.Path(args.csv), lambda path: write_csv(path, rows))
+            write_atomically(expand(args.csv), lambda path: write_csv(path, rows))
         if args.chart:
-            write_atomically(pathlib.Path(args.chart), lambda path: draw_chart(path, rows))
+            write_atomically(expand(args.chart), lambda path: draw_chart(path, rows))
         return 0
     images_by_method = open_sources(args)
     args.passkey = args.passkey or secrets.token_hex(3).upper()

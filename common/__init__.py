@@ -7,18 +7,19 @@ import contextlib
 import dataclasses
 import fcntl
 import gc
+import itertools
 import json
 import os
 import pathlib
-import pickle
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
 import time
 import uuid
-from typing import Callable, Iterator, NoReturn, Optional
+from typing import Callable, Iterator, NoReturn, Optional, TextIO
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ class UserError(Exception):
     """Something the user can mend: a script prints it as one line and ends with exit status 2."""
 
 
+class WriteError(UserError):
+    """A file that cannot be written: no permission, a full disk."""
+
+
 def reason(error: BaseException) -> str:
     """An error's message as one line, cut where it is long, or its type's name where it has none."""
     return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
@@ -36,25 +41,62 @@ def reason(error: BaseException) -> str:
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Call `main` as a program: its result is the exit status, an error is one line, a signal ends it with 128 + n."""
-    on_signals(lambda number: sys.exit(128 + number))
     atexit.register(gc.freeze)  # else the interpreter's exit looks through all of PyTorch once more, for two seconds
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # an output without a character such as ± gets a ?
-    try:
-        sys.exit(main())
-    except torch.OutOfMemoryError:
-        error = "out of GPU memory: lower --batch-size or --width"
-    except (UserError, OSError) as caught:
-        error = caught
-    print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-    sys.exit(2)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    on_signals(lambda number: sys.exit(128 + number))
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        try:
+            sys.exit(main())
+        except torch.OutOfMemoryError:
+            error = "out of GPU memory: lower --batch-size or --width"
+        except (UserError, OSError) as caught:
+            error = caught
+        finally:  # a notebook that ran the program goes on
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # Ctrl-C, Slurm's two, a closed terminal
 
 
 def on_signals(handle: Callable[[int], object]) -> None:
-    """Call handle(number) on Ctrl-C, SIGTERM, Slurm's SIGUSR1 and, unless nohup ignores it, a closed terminal."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+    """Call handle(number) on each of SIGNALS, but those that nohup, or a shell's background job, ignores."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: handle(number))
+
+
+class Output:
+    """A text stream whose writes never fail.
+
+    One that can no longer be written, such as a pipe whose reader died or a closed terminal, is dropped. A character
+    that it lacks becomes a ?.
+    """
+
+    def __init__(self, stream: Optional[TextIO]):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed when Python started
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            self.stream.flush()
+        except BlockingIOError:
+            pass  # a terminal that is slow
+        except (OSError, ValueError):  # ValueError: it is closed
+            nowhere = open(os.devnull, "w")
+            with contextlib.suppress(OSError, ValueError):  # what waits in its buffer must not fail at the exit
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            self.stream = nowhere
+        return len(text)
+
+    def flush(self) -> None:  # `write` has done it
+        pass
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -75,7 +117,7 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
     if args.resume == "auto":
         if args.run_name is None:
             raise UserError("--resume auto needs the --run-name of the folder to go on in")
-        folder = pathlib.Path(args.run_dir, args.run_name).expanduser()
+        folder = expand(os.path.join(args.run_dir, args.run_name))
         paths = [folder] if (folder / "checkpoint.pt").exists() else []
     if not paths:
         args.resume = None
@@ -126,24 +168,33 @@ def check_ranges(args, ranges: dict[str, str]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- files
+def expand(path: str | os.PathLike) -> pathlib.Path:
+    """A path with a home folder's ~ or ~user replaced. Raises UserError: there is no such home."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path}: no such home folder is known (is HOME set?): write the path out")
+    return pathlib.Path(expanded)
+
+
 def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object], advice: str = "") -> None:
     """Write a file through a temporary one in the same folder, so that a crash or a full disk leaves the old one whole.
 
-    `write` is handed the temporary path. A failure raises UserError: what happened and `advice`. The temporary name is
+    `write` is handed the temporary path. A failure raises WriteError: what happened and `advice`. The temporary name is
     random, since processes on several machines may share the folder; leftovers older than a day are removed.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         for leftover in path.parent.iterdir():
             if leftover.name.startswith(path.name) and leftover.suffix == ".tmp":
-                if leftover.stat().st_mtime < time.time() - 86400:
-                    leftover.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another process may have renamed it just now
+                    if leftover.stat().st_mtime < time.time() - 86400:
+                        leftover.unlink()
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {reason(error)}; {advice}a file that was there before is unchanged"
+        raise WriteError(f"cannot write {path}: {reason(error)}; {advice}a file that was there before is unchanged"
                         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -154,11 +205,39 @@ def cache_folder() -> pathlib.Path:
     """Where features of real images go, and decoded images that cannot lie beside their data: gan-reference in
     $XDG_CACHE_HOME or ~/.cache. One that cannot be made raises UserError."""
     try:
-        folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gan-reference"
+        folder = expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gan-reference"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, UserError) as error:
         raise UserError(f"no place for cached data: {reason(error)}; set XDG_CACHE_HOME to a folder") from None
     return folder
+
+
+@contextlib.contextmanager
+def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
+    """The context in which this process has a lock, of all that ask for it on any machine that sees the file.
+
+    The system lets go of it when the process ends, however it ends. The file, which is made, stays.
+    Raises BlockingIOError: another process has the lock, and `wait` is False; WriteError: no such file can be made.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise WriteError(f"cannot write {file}: {reason(error)}") from None
+    try:
+        with contextlib.suppress(OSError):  # its owner alone may
+            os.fchmod(descriptor, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            print(f"waiting for another process, which has {file}", file=sys.stderr)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -168,34 +247,30 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
     resume: go on in it. Otherwise it must not hold a run's checkpoint.pt or results.json; free_name: then, or if
     another process has it, take its name with -2, -3, ... instead.
     """
-    for number in range(1, 1000):
+    for number in itertools.count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            lock = os.open(place, os.O_RDONLY)  # the system lets go of it when the process ends, however it ends
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {place}: {error.strerror}; choose another --run-dir"
-                            ) from None
         problem = None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"another process is training in {place}"
-        except OSError:
-            pass  # a file system without locks
-        if not problem and not resume and any((place / n).exists() for n in ("checkpoint.pt", "results.json")):
-            problem = f"{place} has a run in it: choose another --run-name, or go on with --resume {quote(place)}"
-        if not problem:
-            break
-        os.close(lock)
+        with contextlib.ExitStack() as held:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock(place / ".lock", wait=False))  # a file: NFS has no locks of folders
+            except BlockingIOError:
+                problem = f"another process is training in {place}"
+            except (OSError, WriteError) as error:
+                raise UserError(f"cannot make the run folder {place}: {reason(error)}; choose another --run-dir"
+                                ) from None
+            if not problem and not resume and any((place / n).exists() for n in ("checkpoint.pt", "results.json")):
+                problem = f"{place} has a run in it: choose another --run-name, or go on with --resume {quote(place)}"
+            if not problem:
+                try:
+                    yield place
+                finally:
+                    with contextlib.suppress(OSError):
+                        if os.listdir(place) == [".lock"]:
+                            shutil.rmtree(place)
+                return
         if not free_name:
             raise UserError(problem)
-    try:
-        yield place
-    finally:
-        with contextlib.suppress(OSError):
-            place.rmdir()
-        os.close(lock)
 
 
 def quote(path: str | os.PathLike) -> str:
@@ -206,15 +281,17 @@ def quote(path: str | os.PathLike) -> str:
 def read_checkpoint(path: str | os.PathLike, script: str) -> tuple[pathlib.Path, dict]:
     """The file and the contents of a script's checkpoint.pt or generator.pt, given the file or its run folder. One that
     is missing, damaged or another script's raises UserError; nothing in it is executed."""
-    file = pathlib.Path(path).expanduser()
+    file = expand(path)
     file = file / "checkpoint.pt" if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}: give a run folder or its checkpoint.pt")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a cut or foreign file makes PyTorch raise
         raise UserError(f"cannot read {file}: it is cut off or no checkpoint ({reason(error)})") from None
-    if not isinstance(checkpoint, dict) or not {"script", "args", "iteration"} <= checkpoint.keys():
+    entries = {"script": str, "args": dict, "iteration": int}
+    if not (isinstance(checkpoint, dict)
+            and all(isinstance(checkpoint.get(name), kind) for name, kind in entries.items())):
         raise UserError(f"{file} is not a checkpoint of {script}.py")
     if checkpoint["script"] != script:
         raise UserError(f"{file} is a checkpoint of {checkpoint['script']}.py, not of {script}.py")
@@ -229,8 +306,19 @@ def write_setting(folder: pathlib.Path, script: str, args: dict) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-    """The records of a file with one JSON object a line; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The records of a file with one JSON object a line; none where there is no file.
+
+    A last line that a full disk or a power loss cut is left out. Raises UserError: another line is damaged.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path} is damaged in line {number} ({reason(error)}): remove that line") from None
+    return records
 
 
 def write_lines(path: pathlib.Path, records: list[dict]) -> None:

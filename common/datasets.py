@@ -15,14 +15,15 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import os
 import pathlib
 import pickle
 import queue
-import shutil
 import socket
+import struct
 import sys
-import tempfile
+import tarfile
 import threading
 import urllib.error
 import zipfile
@@ -37,7 +38,7 @@ from torchvision.datasets import CIFAR10, MNIST, STL10, CelebA, utils
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import UserError, cache_folder, reason, write_atomically
+from common import UserError, WriteError, cache_folder, expand, lock, reason, write_atomically
 from common.training import world
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif",
@@ -68,9 +69,11 @@ def load(name: str, root: str | os.PathLike, image_size: int) -> torch.Tensor:
     root: the folder that data sets are kept in and downloaded to. Of `folder`: the .zip of images, or the
     directory, which is searched recursively.
 
+    Many processes may load at once: one downloads, or decodes, what the others wait for.
+
     Raises UserError: a failed or wrong download, damaged or cut files (named), no images.
     """
-    root = pathlib.Path(os.path.expanduser(root))
+    root = expand(root)
     native_size = {"cifar10": 32, "mnist": 28}.get(name, image_size)
     if image_size != native_size:
         raise UserError(f"--image-size {image_size}: {name} is {native_size}x{native_size}")
@@ -91,12 +94,9 @@ def load(name: str, root: str | os.PathLike, image_size: int) -> torch.Tensor:
         return map_array(place / f"{prefix}{key}.npy")
     with contextlib.suppress(OSError, EOFError, ValueError, UserError):  # UserError: no cache folder
         return map_array(cache_folder() / subfolder / f"{prefix}{key}.npy")
-    try:
+    with contextlib.suppress(WriteError):
         if os.access(place, os.W_OK):
             return decode_to_file(decode, image_size, folder=place, prefix=prefix, key=key)
-    except UserError as error:
-        if not str(error).startswith("cannot write"):  # it is the images that are damaged
-            raise
     folder = cache_folder() / subfolder
     folder.mkdir(exist_ok=True)
     return decode_to_file(decode, image_size, folder=folder, prefix=prefix, key=key)
@@ -112,7 +112,8 @@ def map_array(path: pathlib.Path) -> torch.Tensor:
 
 def decode_to_file(decode: Callable, image_size: int, folder: pathlib.Path, prefix: str, key: str) -> torch.Tensor:
     """Decode a data set into the memory-mapped file {prefix}{key}.npy: it need not fit into memory.
-    Files of the same prefix and another key, which hold the data set's earlier contents, are removed."""
+    Files of the same prefix and another key, which hold the data set's earlier contents, are removed.
+    While one process decodes, others wait, and take what it has written."""
     def write(temporary: pathlib.Path) -> None:
         def allocate(*shape: int) -> np.ndarray:
             array = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=shape)
@@ -124,11 +125,14 @@ def decode_to_file(decode: Callable, image_size: int, folder: pathlib.Path, pref
         decode(image_size, allocate)
 
     path = folder / f"{prefix}{key}.npy"
-    write_atomically(path, write, "make room for the decoded images, or set XDG_CACHE_HOME; ")
-    for other in folder.glob(glob.escape(prefix) + "?" * len(key) + ".npy"):
-        if other != path:
-            with contextlib.suppress(OSError):
-                other.unlink()
+    with lock(folder / f"{prefix}lock", wait=True):
+        with contextlib.suppress(OSError, EOFError, ValueError):
+            return map_array(path)
+        write_atomically(path, write, "make room for the decoded images, or set XDG_CACHE_HOME; ")
+        for other in folder.glob(glob.escape(prefix) + "?" * len(key) + ".npy"):
+            if other != path:
+                with contextlib.suppress(OSError):
+                    other.unlink()
     return map_array(path)
 
 
@@ -136,16 +140,18 @@ def decode_to_file(decode: Callable, image_size: int, folder: pathlib.Path, pref
 # A data set is a function of `root` that finds or downloads its files. It returns what identifies their
 # contents, and decode(image_size, allocate), which fills the uint8 array that allocate(N, C, H, W) makes.
 def image_files(path: pathlib.Path, crop: int | None = None) -> tuple[object, Callable]:
-    """The images in a directory (recursively) or a .zip, in the order of their names.
+    """The images in a directory (recursively) or a .zip, in the order of their names, but those in run folders.
     crop: the central square's side in pixels before resizing; None: the largest that fits."""
     if not os.path.exists(path):
         raise UserError(f"no such folder or file: {path}; give --data-dir a directory or a .zip of images")
     packed = not os.path.isdir(path)
-    try:
-        entries = list_zip(path) if packed else list_folder(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}; give --data-dir images or a .zip of them") from None
+    entries = list_zip(path) if packed else list_folder(path)
     entries = sorted((e for e in entries if not is_hidden(e[0])), key=lambda e: e[0])
+    holders = [{os.path.dirname(e[0]) for e in entries if os.path.basename(e[0]) == name}
+               for name in ("args.json", "checkpoint.pt")]
+    runs = set.intersection(*holders) - {""}
+    inside = tuple(run + "/" for run in runs)  # a training that began in this folder must not see its own samples
+    entries = [e for e in entries if not e[0].startswith(inside)]
     images = [e for e in entries if ending(e[0]) in EXTENSIONS]
     others = collections.Counter(ending(e[0]) for e in entries if ending(e[0]) not in EXTENSIONS)
     if not images:
@@ -163,15 +169,21 @@ def image_files(path: pathlib.Path, crop: int | None = None) -> tuple[object, Ca
         if failures:
             raise unreadable(f"of {len(images)} images in {path}", [(images[i][0], why) for i, why in failures])
         counts = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items())) or "none"
-        print(f"{path}: {len(images)} images taken; files passed over: {counts}", file=sys.stderr)
+        print(f"{path}: {len(images)} images taken; files passed over: {counts}"
+              + (f"; run folders passed over: {len(runs)}" if runs else ""), file=sys.stderr)
 
     return (crop, [(name, stamp) for name, stamp, _ in images]), decode
 
 
 def list_zip(path: pathlib.Path) -> list[tuple[str, int, zipfile.ZipInfo]]:
-    """Every file in a .zip: name, checksum, and the entry to read it by (two may have one name)."""
-    with zipfile.ZipFile(path) as archive:
-        return [(info.filename, info.CRC, info) for info in archive.infolist() if not info.is_dir()]
+    """Every file in a .zip: name, checksum, and the entry to read it by (two may have one name).
+    Raises UserError: no .zip, or not whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [(info.filename, info.CRC, info) for info in archive.infolist() if not info.is_dir()]
+    except Exception as error:  # whatever a cut or foreign file makes zipfile raise
+        raise UserError(f"cannot read {path}: {reason(error)} (is it cut off, or still being copied?); give --data-dir "
+                        "images or a .zip of them") from None
 
 
 def list_folder(folder: pathlib.Path) -> list[tuple[str, tuple[int, int], None]]:
@@ -214,14 +226,17 @@ def unreadable(what: str, failures: Sequence[tuple[str, str]]) -> UserError:
 
 def read_image(file: BinaryIO, crop: int | None, size: int) -> np.ndarray:
     """The central square of an image, upright, on white where it is transparent: uint8 [size, size, 3].
+    Metadata that is damaged is passed over.
     Raises ValueError: an unknown format, an image smaller than `crop`, grey values of no known range."""
     try:
-        image = Image.open(file)
+        image = Image.open(without_metadata(file))
     except UnidentifiedImageError:
         raise ValueError("not in a format that Pillow reads") from None  # Pillow's message names a BytesIO
     if crop is None:
         image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
-    ImageOps.exif_transpose(image, in_place=True)  # a camera held sideways says so in the file
+    image.load()
+    with contextlib.suppress(Exception):  # whatever an odd EXIF makes Pillow raise, as it is read or written anew
+        ImageOps.exif_transpose(image, in_place=True)  # a camera held sideways says so in the file
     side = crop or min(image.size)
     if min(image.size) < side:
         raise ValueError(f"{image.size[0]}x{image.size[1]} is smaller than the crop of {side}x{side}")
@@ -233,6 +248,30 @@ def read_image(file: BinaryIO, crop: int | None, size: int) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
+PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # those that pixels depend on
+
+
+def without_metadata(file: BinaryIO) -> BinaryIO:
+    """A PNG without its metadata; any other file as it is.
+
+    Pillow refuses a PNG whose text or colour profile is larger than a megabyte, or has a wrong checksum.
+    """
+    signature = b"\x89PNG\r\n\x1a\n"
+    if file.read(8) != signature:
+        file.seek(0)
+        return file
+    kept = [signature]
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        body = file.read(length + 4)  # with the checksum
+        damaged = kind == b"eXIf" and zlib.crc32(kind + body[:-4]).to_bytes(4, "big") != body[-4:]
+        if kind in PNG_CHUNKS and not damaged:
+            kept += [head, body]
+        if kind == b"IEND":
+            break
+    return io.BytesIO(b"".join(kept))
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
@@ -278,40 +317,42 @@ def celeba(root: pathlib.Path) -> tuple[object, Callable]:
     name = "img_align_celeba.zip"
     for folder in (root, root / "celeba"):
         for path in (folder / "img_align_celeba", folder / name):
-            if path.is_dir() or zipfile.is_zipfile(path):  # a cut .zip has lost its directory
+            if path.exists():
                 return image_files(path, crop=108)
     file_id, md5 = next(listed[:2] for listed in CelebA.file_list if listed[2] == name)
     install = "" if importlib.util.find_spec("gdown") else "pip install gdown, or "
     download("CelebA", url=f"Google Drive ({file_id})", file=root / name,
-             fetch=lambda: utils.download_file_from_google_drive(file_id, root, filename=name, md5=md5),
+             fetch=lambda path: utils.download_file_from_google_drive(file_id, path.parent, path.name, md5),
              advice=f"{install}download {name} by hand from the CelebA page and put it into {root}")
     return image_files(root / name, crop=108)
 
 
 # --------------------------------------------------------------------- official data sets
 def cifar10(root: pathlib.Path) -> tuple[object, Callable]:
-    """cifar-10-batches-py: five pickles of uint8 [10000, 3072]; a subset may have fewer."""
+    """cifar-10-batches-py, or its archive: five pickles of uint8 [10000, 3072]; a subset may have fewer."""
     names = [f"data_batch_{i}" for i in range(1, 6)]
-    files = find(root / "cifar-10-batches-py", names) or unpack(root, CIFAR10, names)
+    files = official_files(root, CIFAR10, names)
 
     def decode(image_size: int, allocate: Callable[..., np.ndarray]) -> None:
-        batches = [read_batch(file) for file in files]
-        np.concatenate(batches, out=allocate(sum(map(len, batches)), 3, 32, 32))
+        batches = {file.name: read_batch(file, stream) for file, _, stream in open_files(files, CIFAR10, names)}
+        if len(batches) < len(names):
+            print(f"{files[0].parent}: a subset of CIFAR-10, {', '.join(batches)}", file=sys.stderr)
+        ordered = [batches[name] for name in sorted(batches)]
+        np.concatenate(ordered, out=allocate(sum(map(len, ordered)), 3, 32, 32))
 
     return stamps(files), decode
 
 
-def read_batch(path: pathlib.Path) -> np.ndarray:
-    """The images of one of CIFAR-10's pickles, uint8 [n, 3, 32, 32]."""
+def read_batch(file: pathlib.Path, stream: BinaryIO) -> np.ndarray:
+    """The images of one of CIFAR-10's pickles, uint8 [n, 3, 32, 32]. file: its path, for an error."""
     try:
-        with open(path, "rb") as file:
-            batch = ArrayUnpickler(file, encoding="bytes").load()
+        batch = ArrayUnpickler(stream, encoding="bytes").load()
         data, count = batch[b"data"], len(batch[b"labels"])
         if data.dtype != np.uint8 or data.shape != (count, 3072) or count == 0:
             raise ValueError(f"{count} labels, images {data.dtype} {data.shape}")
         return data.reshape(-1, 3, 32, 32)
     except Exception as error:  # whatever a cut or foreign pickle raises
-        raise damaged(path, error, remove=path.parent) from None  # the other batches would pass as a subset
+        raise damaged(file, error, remove=file.parent) from None  # the other batches would pass as a subset
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -326,26 +367,31 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def stl10(root: pathlib.Path) -> tuple[object, Callable]:
-    """stl10_binary/unlabeled_X.bin: uint8 [N, 3, 96, 96] without a header, each plane column by column."""
+    """stl10_binary/unlabeled_X.bin, or its archive: uint8 [N, 3, 96, 96] without a header, each plane column by
+    column."""
     names = ["unlabeled_X.bin"]
-    file, = find(root / "stl10_binary", names) or unpack(root, STL10, names)
-    size = file.stat().st_size
-    if size == 0 or size % (3 * 96 * 96):
-        raise damaged(file, ValueError(f"{size} bytes are not a whole number of 96x96 images"))
+    files = official_files(root, STL10, names)
 
     def decode(image_size: int, allocate: Callable[..., np.ndarray]) -> None:
-        raw = np.memmap(file, np.uint8, "r").reshape(-1, 3, 96, 96)
-        out = allocate(len(raw), 3, image_size, image_size)
+        opened = open_files(files, STL10, names)
+        file, size, stream = next(opened)
+        if size == 0 or size % (3 * 96 * 96):
+            raise damaged(file, ValueError(f"{size} bytes are not a whole number of 96x96 images"))
+        count = size // (3 * 96 * 96)
+        out = allocate(count, 3, image_size, image_size)
+        numbers, turn = itertools.count(), threading.Lock()
 
-        def decode_one(i: int) -> None:
-            image = Image.fromarray(np.ascontiguousarray(raw[i].transpose(2, 1, 0)))
+        def decode_next(_: int) -> None:
+            with turn:  # what comes out of an archive comes in its order
+                i, data = next(numbers), stream.read(3 * 96 * 96)
+            image = Image.fromarray(np.frombuffer(data, np.uint8).reshape(3, 96, 96).transpose(2, 1, 0).copy())
             resized = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
             out[i] = np.asarray(resized).transpose(2, 0, 1)
 
-        for i, why in in_threads(decode_one, len(raw)):
-            raise damaged(file, ValueError(f"image {i}: {why}"))
+        for _, why in in_threads(decode_next, count):
+            raise damaged(file, ValueError(why))
 
-    return stamps([file]), decode
+    return stamps(files), decode
 
 
 def mnist(root: pathlib.Path) -> tuple[object, Callable]:
@@ -357,7 +403,7 @@ def mnist(root: pathlib.Path) -> tuple[object, Callable]:
         files = [folder / name]
         url, md5 = MNIST.mirrors[0] + name, dict(MNIST.resources)[name]
         download("MNIST", url=url, file=files[0],
-                 fetch=lambda: utils.download_url(url, str(folder), filename=name, md5=md5),
+                 fetch=lambda path: utils.download_url(url, path.parent, path.name, md5),
                  advice=f"put {name} into {folder} by hand")
     file = files[0]
 
@@ -394,37 +440,63 @@ def damaged(path: pathlib.Path, error: BaseException, remove: pathlib.Path | Non
                      f"remove {remove or 'it'}, and the next start downloads it anew")
 
 
-def unpack(root: pathlib.Path, official: type, names: Sequence[str]) -> list[pathlib.Path]:
-    """Download the archive of a data set of torchvision into `root`, check it, unpack it whole or not at all."""
-    archive, folder = root / official.filename, root / official.base_folder
-    url, md5 = official.url, official.tgz_md5
-    download(official.__name__, url=url, file=archive,
-             fetch=lambda: utils.download_url(url, str(root), filename=archive.name, md5=md5),
-             advice=f"download it by hand and put {archive.name} into {root}")
-    with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as temporary:
-        utils.extract_archive(str(archive), temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(pathlib.Path(temporary, official.base_folder), folder)
-    return find(folder, names)
+def official_files(root: pathlib.Path, official: type, names: Sequence[str]) -> list[pathlib.Path]:
+    """The files of these names, of a data set of torchvision that is unpacked in `root`; if there is none, its archive,
+    downloaded if it is not there."""
+    files, archive = find(root / official.base_folder, names), root / official.filename
+    if not files:
+        download(official.__name__, url=official.url, file=archive,
+                 fetch=lambda path: utils.download_url(official.url, path.parent, path.name, official.tgz_md5),
+                 advice=f"download it by hand and put {archive.name} into {root}")
+    return files or [archive]
 
 
-def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[], None], advice: str) -> None:
-    """Run `fetch`, which makes `file`. A connection that stands still for half a minute is broken.
-    Raises UserError: what went wrong, and `advice`. A wrong file is removed."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
+def open_files(files: Sequence[pathlib.Path], official: type, names: Sequence[str]
+               ) -> Iterator[tuple[pathlib.Path, int, BinaryIO]]:
+    """Path, size and contents of each of `official_files`, one open at a time: of an archive those of these names.
+    Raises UserError: an archive that is not the official one."""
+    for file in files:
+        if file.name in names:
+            with open(file, "rb") as stream:
+                yield file, file.stat().st_size, stream
+        elif not utils.check_integrity(file, official.tgz_md5):
+            raise damaged(file, ValueError("its checksum is not the official one (is it still being copied?)"))
+        else:
+            with tarfile.open(file, "r|gz") as archive:  # read in its order, never unpacked
+                for member in archive:
+                    path = pathlib.Path(file.parent, member.name)
+                    if path.name in names:
+                        yield path, member.size, archive.extractfile(member)
+
+
+def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[pathlib.Path], object], advice: str) -> None:
+    """Have fetch(path) make `file` if it is not there, under a temporary name until it is whole. While one process
+    downloads, others wait. A connection that stands still for half a minute is broken.
+    Raises UserError: what went wrong, and `advice`."""
+    def explain(what: str, error: Exception) -> UserError:
+        return UserError(f"cannot download {title} from {url}: {what}: {reason(error)}; try again, or {advice}")
+
+    def fetch_or_explain(path: pathlib.Path) -> None:
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)
+        try:
+            fetch(path)
+        except Exception as error:  # urllib, http, ssl, torchvision and gdown each have their own
+            size = f"{path.stat().st_size:,} bytes" if path.exists() else "nothing"
+            no_connection = isinstance(error, urllib.error.URLError)
+            raise explain("no connection" if no_connection else f"failed or cut off, {size} came", error) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+
+    if os.path.isfile(file):
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fetch()
-    except Exception as error:  # urllib, http, ssl, torchvision and gdown each have their own
-        what = "no connection" if isinstance(error, urllib.error.URLError) else "failed or cut off"
-        if os.path.isfile(file):
-            what = f"failed or cut off ({file.name}, {file.stat().st_size:,} bytes, removed)"
-            file.unlink()
-        raise UserError(f"cannot download {title} from {url}: {what}: {reason(error)}; try again, or {advice}"
-                        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+    except OSError as error:
+        raise explain("no folder for it", error) from None
+    with lock(file.with_name(f".{file.name}.lock"), wait=True):
+        if not os.path.isfile(file):  # no other process has fetched it meanwhile
+            write_atomically(file, fetch_or_explain)
 
 
 # ----------------------------------------------------------------------- generated images
@@ -432,7 +504,7 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str) ->
     """Write `count` generated images: one uint8 array [N, H, W, C] if `out` ends in .npy, one grid if it
     ends in .png, else a PNG each in the folder `out`. sample: maps n to n new images, uint8 [n, C, H, W].
     Raises UserError: another picture's ending, a folder that is not empty or cannot be written."""
-    path = pathlib.Path(out).expanduser()
+    path = expand(out)
     one_file = path.suffix in (".npy", ".png")
     if not one_file and path.suffix.lower() in Image.registered_extensions():
         raise UserError(f"--out {out}: a grid's name ends in .png")

@@ -6,22 +6,26 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 from typing import Annotated
 
 import numpy as np
 import tyro
 
-from common import UserError, read_lines, reason, run, write_atomically
+from common import UserError, expand, read_lines, reason, run, write_atomically
+
+NUMBERS = ("num_real", "num_fake", "num_is")  # of images that a score was made with
 
 
-def read_scores(folder: str, key: str) -> dict[int, float]:
-    """Iteration -> score of a run folder. Raises UserError: no scores, no such `key`, a damaged file."""
-    path = pathlib.Path(folder, "metrics.jsonl")
-    if not path.exists():
-        raise UserError(f"{folder} has no scores: metrics.jsonl is not there")
+def read_scores(folder: str, key: str) -> dict[int, tuple[float, tuple]]:
+    """Iteration -> score, and what it has of NUMBERS, of a run folder.
+    Raises UserError: no scores, no such `key`, a damaged file."""
+    path = expand(folder) / "metrics.jsonl"
     try:
         records = read_lines(path)
-        return {record["iteration"]: float(record[key]) for record in records}
+        if not records:
+            raise UserError(f"{folder} has no scores: there is no line in its metrics.jsonl")
+        return {r["iteration"]: (float(r[key]), tuple(r.get(name) for name in NUMBERS)) for r in records}
     except KeyError as error:
         raise UserError(f"{path} has no {error}; it has {', '.join(records[0])}") from None
     except (OSError, ValueError, TypeError) as error:
@@ -40,27 +44,31 @@ def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, ke
         raise UserError("give the folders of runs to draw")
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {out}: a picture's name ends in .png, .pdf or .svg")
-    os.environ["MPLBACKEND"] = "agg"  # else a notebook's backend, not installed, fails the import
-    from matplotlib.figure import Figure
-    groups: dict[str, list[dict[int, float]]] = {}  # name -> scores of its runs
+    from common.pictures import Figure  # Matplotlib, which takes a second
+    groups: dict[str, list[dict[int, tuple]]] = {}  # name -> scores of its runs
     for argument in runs:
         name, equals, folder = argument.partition("=")
         if not equals or os.path.exists(argument):  # a folder's name may hold a = too
             name, folder = pathlib.Path(argument).resolve().name, argument
         groups.setdefault(name, []).append(read_scores(folder, key))
+    numbers = {made_with for scores in sum(groups.values(), []) for _, made_with in scores.values()}
+    if len(numbers) > 1:
+        found = "; ".join(str(list(made_with)) for made_with in sorted(numbers, key=str))
+        print(f"these scores were made with different numbers of images, and do not compare: {', '.join(NUMBERS)} are "
+              f"{found}", file=sys.stderr)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel=key.upper() if key == "fid" else key)
     for name, scores in groups.items():
         iterations = sorted(set.intersection(*map(set, scores)))
         if not iterations:
             raise UserError(f"the runs of {name} have no scored iteration in common")
-        values = np.array([[score[i] for i in iterations] for score in scores])  # [runs, iterations]
+        values = np.array([[score[i][0] for i in iterations] for score in scores])  # [runs, iterations]
         note = f" (mean and range of {len(scores)} runs)" if len(scores) > 1 else ""
         line, = axes.plot(iterations, values.mean(0), marker=".", label=name + note)
         low, high = values.min(0), values.max(0)
         axes.fill_between(iterations, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.legend()
-    write_atomically(out, lambda path: figure.savefig(path, format=out.suffix[1:], dpi=150))
+    write_atomically(expand(out), lambda path: figure.savefig(path, format=out.suffix[1:], dpi=150))
 
 
 if __name__ == "__main__":

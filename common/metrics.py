@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
-import os
 import pathlib
 import sys
 from typing import Callable, Iterator, Optional
@@ -24,7 +24,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm import tqdm
 
-from common import UserError, cache_folder, reason, write_atomically
+from common import UserError, cache_folder, expand, reason, write_atomically
 from common.datasets import download, process_zero_first
 from common.training import world
 
@@ -36,18 +36,18 @@ class Evaluator:
     replacement, serve every evaluation. Their features are kept in `cache_folder()`.
     weights: torch-fidelity's Inception weights; None: downloaded once into PyTorch's hub folder.
 
-    Raises UserError: fewer than two images, weights that cannot be had or read.
+    Raises UserError: fewer than four images, weights that cannot be had or read.
     """
 
     @process_zero_first()
     def __init__(self, real: Tensor, num_real: int, weights: Optional[str], device: torch.device | str):
         rank, _ = world()
         num_real = min(num_real, len(real))
-        if num_real < 2:
-            raise UserError("scores need two real images or more: the data set or --num-real has fewer")
+        if num_real < 4:
+            raise UserError("scores need four real images or more: the data set or --num-real has fewer")
         self.device = torch.device(device)
-        path = pathlib.Path(os.path.expanduser(weights)) if weights else download_weights()
-        self.inception = load_inception(path, downloaded=weights is None).to(self.device)
+        path = expand(weights) if weights else download_weights()
+        self.inception = load_inception(path).to(self.device)
         if self.device.type == "cpu":
             self.inception = self.inception.to(memory_format=torch.channels_last)
         if num_real < 10_000 and rank == 0:
@@ -81,6 +81,8 @@ class Evaluator:
               stop: Optional[Callable[[], bool]] = None, batch_size: int = 100) -> Optional[dict[str, float]]:
         """Scores of num_fake generated images; the Inception Score, in ten splits, of num_is of them.
 
+        The numbers that they are made with are beside them, as integers. KID's deviation is over 100 subsets of
+        kid_subset_size images: 1,000, or half of the images where these are few, as subsets must differ.
         num_is: default num_fake. The larger number is drawn; the scores of fewer take the first of them.
         Under torchrun each process draws equally many. sample: maps n to n new images, uint8 [n, C, H, W].
         stop: asked before each batch; once it says True, None is returned.
@@ -104,8 +106,9 @@ class Evaluator:
         smaller = min(len(fake_features), len(self.real_features))
         mean, covariance = moments(fake_features)
         fid = frechet_distance(self.mean, self.covariance, mean2=mean, cov2=covariance, root1=self.root)
+        subset_size = min(1000, smaller // 2)
         kid = kid_features_to_metric(
-            fake_features, self.real_features, kid_subset_size=min(1000, smaller), verbose=False)
+            fake_features, self.real_features, kid_subset_size=subset_size, verbose=False)
         inception_score = isc_features_to_metric(fake_logits, splits=min(10, num_is))
         with exact_products():  # in blocks, or 50,000 images would need 10 GB
             precision_recall = prc_features_to_metric(
@@ -117,7 +120,9 @@ class Evaluator:
                 "is_mean": inception_score["inception_score_mean"],
                 "is_std": inception_score["inception_score_std"],
                 "precision": precision_recall["precision"],
-                "recall": precision_recall["recall"]}
+                "recall": precision_recall["recall"],
+                "num_real": len(self.real_features), "num_fake": num_fake, "num_is": num_is,
+                "kid_subset_size": subset_size}
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -149,10 +154,34 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(0), torch.cov(features.mT)
 
 
+def by_eigenvalues(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a function of a matrix's eigenvalues try the CPU too, and raise UserError where they are not found.
+
+    A GPU's routine may fail on a matrix with many equal eigenvalues, as the covariance of few images has.
+    """
+    @functools.wraps(function)
+    def wrapped(matrix: Tensor) -> Tensor:
+        for device in (matrix.device, torch.device("cpu")):
+            try:
+                return function(matrix.to(device)).to(matrix.device)
+            except torch.linalg.LinAlgError as caught:
+                error = reason(caught)
+        raise UserError(f"no FID: {error} (training alone can go without scores: --eval-every 0)")
+
+    return wrapped
+
+
+@by_eigenvalues
 def matrix_root(covariance: Tensor) -> Tensor:
     """R with R R' = covariance, [d, d]."""
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp_min(0).sqrt()
+
+
+@by_eigenvalues
+def trace_of_root(matrix: Tensor) -> Tensor:
+    """tr M^1/2 of M [d, d], symmetric but for rounding; eigenvalues below 0 are rounding too."""
+    return torch.linalg.eigvalsh(matrix).clamp_min(0).sqrt().sum()
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor,
@@ -163,31 +192,29 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor,
     rounding alone, and found several times faster than a product's. root1: R, if it is known.
     """
     root1 = matrix_root(cov1) if root1 is None else root1
-    values = torch.linalg.eigvalsh(root1.mT @ cov2 @ root1)
-    trace = cov1.trace() + cov2.trace() - 2 * values.clamp_min(0).sqrt().sum()
+    trace = cov1.trace() + cov2.trace() - 2 * trace_of_root(root1.mT @ cov2 @ root1)
     return ((mean1 - mean2).square().sum() + trace).item()
 
 
-def load_inception(path: pathlib.Path, downloaded: bool = False) -> FeatureExtractorInceptionV3:
-    """torch-fidelity's Inception with the weights of a file. Raises UserError: a file that cannot be used.
-    If it was downloaded, it is removed, so that the next start fetches it anew."""
+def load_inception(path: pathlib.Path) -> FeatureExtractorInceptionV3:
+    """torch-fidelity's Inception with the weights of a file. Raises UserError: a file that cannot be used."""
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run a malicious pickle
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
                                            feature_extractor_weights_path=str(path))
     except Exception as error:  # whatever a cut or foreign file makes PyTorch raise
-        if downloaded:
-            path.unlink(missing_ok=True)
-            raise UserError(f"{path} was damaged and is removed; start again: {reason(error)}") from None
-        raise UserError(f"{path} is not torch-fidelity's Inception weights: {reason(error)}") from None
+        raise UserError(f"{path} is not torch-fidelity's Inception weights: {reason(error)}; if it was downloaded, "
+                        "remove it, and the next start downloads it anew") from None
 
 
 def download_weights() -> pathlib.Path:
     """The path of the Inception weights in PyTorch's hub folder, downloaded if they are not there yet."""
-    path = pathlib.Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/", 1)[1])
-    if not os.path.isfile(path):
-        download("the Inception weights", url=URL_INCEPTION_V3, file=path,
-                 fetch=lambda: torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path)),
-                 advice="fetch that file on another machine and give --inception-weights FILE "
-                        "(training alone can go without scores: --eval-every 0)")
-    return path
+    def fetch(path: pathlib.Path) -> None:
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path))
+        torch.load(path, map_location="cpu", weights_only=True)  # fails if it was cut off
+
+    file = expand(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    download("the Inception weights", url=URL_INCEPTION_V3, file=file, fetch=fetch,
+             advice="fetch that file on another machine and give --inception-weights FILE "
+                    "(training alone can go without scores: --eval-every 0)")
+    return file

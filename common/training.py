@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import UserError, quote, read_lines, reason, run_folder, write_atomically
+from common import UserError, expand, quote, read_lines, reason, run_folder, write_atomically
 
 TrainStep = Callable[[Tensor], dict[str, Tensor]]  # uint8 images [B, C, H, W] -> losses and watched values, scalars
 
@@ -182,11 +182,20 @@ def fingerprint(images: Tensor) -> list[int]:
     return [len(images), zlib.crc32(images[:: max(1, len(images) // 1000)].numpy().tobytes())]
 
 
+class Diverged(UserError):
+    """Weights are not finite. when: the iteration in words; folder: the run's, whose checkpoint is good."""
+
+    def __init__(self, when: str, folder: pathlib.Path):
+        super().__init__(f"training diverged: weights are not finite at {when}; the last good checkpoint is "
+                         f"{folder / 'checkpoint.pt'}; try a smaller --lr")
+        self.when = when
+
+
 def check_finite(tensors: dict[str, Tensor], when: str, folder: pathlib.Path) -> None:
-    """Refuse to go on with weights that are not finite: a loss that is not spoils those that it trains, for good."""
+    """Refuse to go on with weights that are not finite: a loss that is not spoils those that it trains, for good.
+    Raises Diverged."""
     if not torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all():
-        raise UserError(f"training diverged: weights are not finite at {when}; the last good checkpoint is "
-                        f"{folder / 'checkpoint.pt'}; try a smaller --lr")
+        raise Diverged(when, folder)
 
 
 def save_checkpoint(folder: pathlib.Path, header: dict, networks: nn.ModuleDict,
@@ -213,7 +222,7 @@ def restore(checkpoint: dict, networks: nn.ModuleDict, optimizers: dict[str, tor
         networks.load_state_dict({k: v for k, v in checkpoint["networks"].items() if k.split(".")[0] in networks})
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizers"][name]})
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever PyTorch raises of entries that are not there, or of another kind
         raise UserError(f"the checkpoint does not fit {checkpoint['script']}.py with these flags (has one of them "
                         f"changed since?): {reason(error)}") from None
 
@@ -233,7 +242,7 @@ def open_run(args, file: Optional[pathlib.Path], default_name: str) -> contextli
     path alone.
     """
     name = args.run_name or f"{default_name}__{args.seed}__{int(time.time())}"
-    place = file.parent if file else pathlib.Path(args.run_dir, name).expanduser()
+    place = file.parent if file else expand(os.path.join(args.run_dir, name))
     rank, processes = world()
     if args.evaluate:
         return contextlib.nullcontext(place)

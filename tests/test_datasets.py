@@ -1,4 +1,6 @@
 """common.datasets: every data set's format, images of many kinds, damaged files, downloads that fail, caches."""
+import contextlib
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -8,18 +10,20 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import sys
 import tarfile
 import threading
 import time
 import zipfile
+import zlib
 
 import make_data
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from common import UserError, datasets, write_atomically
 
@@ -101,6 +105,56 @@ def test_a_camera_held_sideways(tmp_path):
     exif[0x0112] = 6  # Orientation: turn by 90 degrees to the right to see it upright
     Image.fromarray(np.rot90(picture)).save(tmp_path / "x.png", exif=exif)
     assert np.array_equal(datasets.load("folder", tmp_path, 32)[0].permute(1, 2, 0).numpy(), picture)
+
+
+def png_chunk(kind, body, right=True):
+    return struct.pack(">I4s", len(body), kind) + body + struct.pack(">I", zlib.crc32(kind + body) ^ (not right))
+
+
+def test_metadata_never_stops_a_start(tmp_path):
+    """Text and colour profiles of megabytes, as image generators write; wrong checksums; EXIF that is none, that cannot
+    be read, or that cannot be written anew. Pixels count, and are turned upright where it can be known."""
+    picture = make_data.pictures(1, 32)[0]
+    upright, turned = Image.fromarray(picture), Image.fromarray(np.rot90(picture))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("prompt", "a cat " * 400_000, zip=True)
+    text.add_itxt("workflow", "a dog " * 400_000, zip=True)
+    upright.save(tmp_path / "text.png", pnginfo=text)
+    upright.save(tmp_path / "profile.png", icc_profile=bytes(3_000_000))
+    upright.save(tmp_path / "plain.png")
+    plain = (tmp_path / "plain.png").read_bytes()
+    wrong = png_chunk(b"tEXt", b"Comment\0x", right=False)
+    (tmp_path / "before.png").write_bytes(plain[:33] + wrong + plain[33:])  # after the 33 bytes of IHDR
+    (tmp_path / "after.png").write_bytes(plain[:-12] + wrong + plain[-12:])  # before the 12 of IEND
+    (tmp_path / "exif.png").write_bytes(plain[:33] + png_chunk(b"eXIf", b"II*\0", right=False) + plain[33:])
+    for name, entries in {"upright.jpg": [], "sideways.jpg": [(0x0112, 3, 1, 6)],
+                          "unwritable.jpg": [(0x0112, 3, 1, 6), (0x0100, 9, 1, -5)]}.items():
+        exif = b"Exif\0\0II*\0" + struct.pack("<iH", 8, len(entries))
+        exif += b"".join(struct.pack("<HHIi", *entry) for entry in entries) + bytes(4)
+        (turned if entries else upright).save(tmp_path / name, exif=exif, quality=95)
+    upright.save(tmp_path / "none.jpg", exif=b"Exif\0\0this is none", quality=95)
+    loaded = datasets.load("folder", tmp_path, 32).permute(0, 2, 3, 1).numpy()
+    names = sorted(path.name for path in tmp_path.glob("[!.]*.*"))
+    assert len(loaded) == len(names) == 10
+    for name, image in zip(names, loaded):
+        difference = np.abs(image.astype(int) - picture).mean()
+        assert difference == 0 if name.endswith("png") else difference < 5, name
+
+
+def test_run_folders_are_passed_over(tmp_path, capfd):
+    """Of whatever training, also in a .zip; a folder with one of the two files alone is none."""
+    folder = make_data.image_folder(tmp_path / "photos", 3)
+    for name in ("runs/x", "other/run-2"):
+        make_data.image_folder(folder / name / "samples", 2)
+        (folder / name / "args.json").write_text("{}")
+        (folder / name / "checkpoint.pt").write_text("")
+    make_data.image_folder(folder / "runs/x-rays", 1)
+    (folder / "runs/x-rays/args.json").write_text("{}")
+    assert len(datasets.load("folder", folder, 32)) == 4
+    assert "4 images taken; files passed over: 1 .json; run folders passed over: 2\n" in capfd.readouterr().err
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+    assert len(datasets.load("folder", packed, 32)) == 4
+    assert len(datasets.load("folder", folder / "runs/x", 32)) == 2  # asked for by name
 
 
 def test_a_zip_is_its_folder(tmp_path):
@@ -262,7 +316,7 @@ def test_a_stop_while_decoding(tmp_path):
     process.terminate()
     process.join(60)
     assert process.exitcode == 143 and time.monotonic() - start < 2
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name[-5:] for path in tmp_path.glob(".*")] == ["-lock"]
 
 
 # --------------------------------------------------------------------------------- caches
@@ -311,9 +365,14 @@ def test_a_second_start_of_20000_images_is_quick(tmp_path, monkeypatch):
 
 
 def test_two_decoders_with_one_process_id(tmp_path, monkeypatch):
-    """As in two containers that share a folder: each writes a file of its own, and both find all images."""
+    """As in two containers that share a folder without locks: each writes a file of its own, and both find all."""
     folder = make_data.image_folder(tmp_path / "photos", 4)
     monkeypatch.setattr(os, "getpid", lambda: 7)
+
+    def no_locks(descriptor, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     read, inner = datasets.read_image, []
 
     def read_and_start_another(file, crop, size):
@@ -325,7 +384,7 @@ def test_two_decoders_with_one_process_id(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "read_image", read_and_start_another)
     outer = datasets.load("folder", folder, 32).permute(0, 2, 3, 1)
     assert np.array_equal(outer, make_data.pictures(4)) and torch.equal(inner[0].permute(0, 2, 3, 1), outer)
-    assert len(list(folder.glob(".*"))) == 1
+    assert len(list(folder.glob(".*.npy"))) == 1 and not list(folder.glob(".*.tmp"))
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
@@ -351,6 +410,13 @@ def test_leftovers_of_killed_processes_are_removed_after_a_day(tmp_path):
     os.utime(old, (time.time() - 90000,) * 2)
     datasets.load("folder", archive, 32)
     assert not old.exists() and new.exists()
+
+
+def test_leftovers_that_another_process_has_just_renamed(tmp_path, monkeypatch):
+    listed = [tmp_path / "x.0123.tmp", tmp_path / "x.4567.tmp"]  # neither is there any more
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda folder: iter(listed))
+    write_atomically(tmp_path / "x", lambda path: path.write_text("new"))
+    assert (tmp_path / "x").read_text() == "new"
 
 
 def test_changed_images_replace_what_was_kept(tmp_path, monkeypatch):
@@ -521,7 +587,8 @@ def test_a_cifar_pickle_that_runs_code_is_refused(tmp_path):
 # ------------------------------------------------------------------------------ downloads
 @pytest.fixture
 def server():
-    """A local HTTP server: server.files maps a path to its bytes; server.cut, how many of them it sends."""
+    """A local HTTP server: server.files maps a path to its bytes; server.cut, how many of them it sends; server.pause,
+    seconds that it waits after the first 300."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -532,13 +599,17 @@ def server():
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data[: self.server.cut])
+            with contextlib.suppress(BrokenPipeError):  # torchvision first asks where it is redirected to
+                self.wfile.write(data[: self.server.cut][:300])
+                self.wfile.flush()
+                time.sleep(self.server.pause)
+                self.wfile.write(data[: self.server.cut][300:])
 
         def log_message(self, *arguments):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.cut, server.requests = {}, None, []
+    server.files, server.cut, server.pause, server.requests = {}, None, 0, []
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -588,16 +659,108 @@ def test_downloads(tmp_path, monkeypatch, server, name):
 def test_a_wrong_download(tmp_path, monkeypatch, server):
     _, file = serve(server, monkeypatch, tmp_path, "cifar10")
     server.files["/" + file] = b"<html>Please log in</html>"
-    with pytest.raises(UserError, match=rf"{file}, 26 bytes, removed"):
+    with pytest.raises(UserError, match="failed or cut off, 26 bytes came: File not found or corrupted"):
         datasets.load("cifar10", tmp_path / "data", 32)
-    assert not (tmp_path / "data/cifar-10-batches-py").exists()
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [f".{file}.lock"]
 
 
-def test_a_download_killed_halfway_is_fetched_anew(tmp_path, monkeypatch, server):
+@pytest.mark.parametrize("name,size", [("cifar10", 32), ("stl10", 96), ("mnist", 28)])
+def test_jobs_that_start_at_once(tmp_path, monkeypatch, server, name, size):
+    """On an empty folder: one downloads and decodes, slowly, and all have the whole set."""
+    images, file = serve(server, monkeypatch, tmp_path, name)
+    datasets.load(name, tmp_path / "alone", size)
+    alone = len(server.requests)
+    server.pause = 0.5
+    results = load_at_once(4, name, tmp_path / "data", size)
+    assert len(server.requests) == 2 * alone
+    assert all(np.array_equal(loaded, results[0]) for loaded in results) and len(results[0]) == len(images)
+
+
+@pytest.mark.parametrize("name,size", [("cifar10", 32), ("stl10", 96)])
+def test_jobs_that_start_at_once_on_an_archive(tmp_path, monkeypatch, server, name, size):
+    images, file = serve(server, monkeypatch, tmp_path, name)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / file).write_bytes(server.files.pop("/" + file))
+    results = load_at_once(8, name, tmp_path / "data", size)
+    assert all(np.array_equal(loaded, results[0]) for loaded in results) and len(results[0]) == len(images)
+
+
+def load_at_once(count, name, root, size):
+    """What processes that begin at the same moment load."""
+    results, begin = FORK.SimpleQueue(), FORK.Barrier(count)
+
+    def work():
+        begin.wait()
+        try:
+            results.put(datasets.load(name, root, size).numpy().copy())
+        except BaseException as error:
+            results.put(repr(error))
+
+    processes = [FORK.Process(target=work) for _ in range(count)]
+    for process in processes:
+        process.start()
+    loaded = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert not any(isinstance(result, str) for result in loaded), loaded
+    return loaded
+
+
+def test_a_job_killed_while_it_downloads(tmp_path, monkeypatch, server):
+    """The one that waits for it downloads in its place; what it left is no data set."""
+    images, file = serve(server, monkeypatch, tmp_path, "cifar10")
+    server.pause, server.cut = 60, 300
+    first = FORK.Process(target=datasets.load, args=("cifar10", tmp_path / "data", 32))
+    first.start()
+    while not list(tmp_path.glob("data/*.tmp")):
+        assert first.is_alive()
+        time.sleep(0.01)
+    server.pause, server.cut = 0, None
+    results = FORK.SimpleQueue()
+    second = FORK.Process(target=lambda: results.put(datasets.load("cifar10", tmp_path / "data", 32).numpy().copy()))
+    second.start()
+    time.sleep(0.2)
+    assert results.empty() and not (tmp_path / "data" / file).exists()
+    first.kill()
+    assert np.array_equal(results.get(), images)
+    second.join()
+
+
+def test_an_archive_that_is_still_being_copied_stays(tmp_path, monkeypatch, server):
+    """It is neither used nor removed nor replaced."""
     images, file = serve(server, monkeypatch, tmp_path, "cifar10")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / file).write_bytes(server.files["/" + file][:500])
+    archive = tmp_path / "data" / file
+    archive.write_bytes(server.files["/" + file][:500])
+    with pytest.raises(UserError, match=f"{file} is damaged or cut off: its checksum .* still being copied.*remove it"):
+        datasets.load("cifar10", tmp_path / "data", 32)
+    assert archive.read_bytes() == server.files["/" + file][:500] and not server.requests
+    archive.write_bytes(server.files["/" + file])
     assert np.array_equal(datasets.load("cifar10", tmp_path / "data", 32).numpy(), images)
+
+
+def test_what_else_lies_in_a_data_folder_stays(tmp_path, monkeypatch, server):
+    images, file = serve(server, monkeypatch, tmp_path, "stl10")
+    others = [tmp_path / "data/stl10_binary/train_X.bin", tmp_path / "data/stl10_binary/notes/mine.txt"]
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("mine")
+    assert np.array_equal(datasets.load("stl10", tmp_path / "data", 96).numpy(), images.transpose(0, 3, 1, 2))
+    assert all(other.read_text() == "mine" for other in others)
+
+
+def test_an_archive_of_celeba_that_is_still_being_copied_stays(tmp_path, monkeypatch):
+    (tmp_path / "img_align_celeba.zip").write_bytes(b"PK half of it")
+    monkeypatch.setattr(torchvision.datasets.utils, "download_file_from_google_drive", None)
+    with pytest.raises(UserError, match="cannot read .*img_align_celeba.zip: .*still being copied"):
+        datasets.load("celeba", tmp_path, 64)
+    assert (tmp_path / "img_align_celeba.zip").read_bytes() == b"PK half of it"
+
+
+def test_a_subset_is_named(tmp_path, capfd):
+    make_data.cifar10(tmp_path, batches=2)
+    assert len(datasets.load("cifar10", tmp_path, 32)) == 40
+    assert "a subset of CIFAR-10, data_batch_1, data_batch_2\n" in capfd.readouterr().err
 
 
 def test_no_connection(tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """common.metrics: every score against torch-fidelity's own, several processes. common.figure: the figure of runs."""
+import collections
 import json
 import multiprocessing
 import os
 import pathlib
+import pwd
 import subprocess
 import sys
+import time
 
 import make_data
 import numpy as np
@@ -14,7 +17,7 @@ import torch_fidelity
 from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from common import UserError, figure, metrics
+from common import UserError, cache_folder, figure, metrics
 
 FORK = multiprocessing.get_context("fork")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -70,7 +73,7 @@ def test_scores_are_torch_fidelitys(weights, monkeypatch, capfd):
     real, fake = images(16), images(12, seed=5)
     theirs = torch_fidelity.calculate_metrics(
         input1=make_data.Images(fake), input2=make_data.Images(real), isc=True, kid=True, prc=True,
-        kid_subset_size=12, feature_extractor="inception-v3-compat", feature_layer_prc="2048", cuda=False,
+        kid_subset_size=6, feature_extractor="inception-v3-compat", feature_layer_prc="2048", cuda=False,
         verbose=False, batch_size=8, cache=False, save_cpu_ram=True, feature_extractor_weights_path=str(weights))
     seen, extract = [], metrics.Evaluator.features
 
@@ -86,7 +89,9 @@ def test_scores_are_torch_fidelitys(weights, monkeypatch, capfd):
     seen = torch.cat(seen)
     basis = torch.linalg.qr(seen.T).Q  # [2048, 28]: in its coordinates the same distance, found sooner
     theirs |= fid_statistics_to_metric(*(fid_features_to_statistics(x @ basis) for x in seen.split([16, 12])), False)
-    assert list(ours) == list(SCORES) and all(type(value) is float for value in ours.values())
+    numbers = {"num_real": 16, "num_fake": 12, "num_is": 12, "kid_subset_size": 6}
+    assert list(ours) == [*SCORES, *numbers] and all(type(ours[key]) is float for key in SCORES)
+    assert {key: ours[key] for key in numbers} == numbers
     for key, name in SCORES.items():
         assert ours[key] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), key
     out, err = capfd.readouterr()
@@ -109,21 +114,60 @@ def quick(monkeypatch):
     monkeypatch.setattr(metrics, "matrix_root", lambda covariance: None)
     monkeypatch.setattr(metrics, "frechet_distance", lambda mean1, cov1, mean2, cov2, root1: (
         (mean1 - mean2).square().sum() + (cov1 - cov2).trace()).item())
-    monkeypatch.setattr(metrics, "load_inception", lambda path, downloaded: torch.nn.Identity())
+    monkeypatch.setattr(metrics, "load_inception", lambda path: torch.nn.Identity())
     monkeypatch.setattr(metrics.Evaluator, "features", features)
     return lambda real, num_real=10_000: metrics.Evaluator(real, num_real, os.devnull, "cpu")
 
 
-def test_two_images_are_enough(quick):
-    scores = quick(images(2)).score(in_turn(images(5, seed=1)), 5)
+def test_four_images_are_enough(quick):
+    scores = quick(images(4)).score(in_turn(images(5, seed=1)), 5)
     assert np.isfinite(list(scores.values())).all()
-    with pytest.raises(UserError, match="two real images or more"):
-        quick(images(1))
+    with pytest.raises(UserError, match="four real images or more"):
+        quick(images(3))
+
+
+@pytest.mark.parametrize("real,fake,size", [(4, 10, 2), (30, 30, 15), (31, 60, 15)])
+def test_the_subsets_of_kid_differ(quick, real, fake, size):
+    """They are of at most half of the images; else all were one and the deviation rounding."""
+    scores = quick(images(real)).score(in_turn(images(fake, seed=1)), fake)
+    assert scores["kid_subset_size"] == size and scores["kid_std"] > 1e-4 * abs(scores["kid_mean"])
+
+
+@pytest.mark.parametrize("real,fake,size", [(1500, 1200, 600), (2000, 2000, 1000), (2500, 2200, 1000)])
+def test_the_subsets_of_kid_of_many_images(quick, monkeypatch, real, fake, size):
+    sizes = []
+    monkeypatch.setattr(metrics, "kid_features_to_metric", lambda *features, kid_subset_size, verbose: (
+        sizes.append(kid_subset_size), collections.defaultdict(float))[1])
+    monkeypatch.setattr(metrics, "prc_features_to_metric", lambda *features, **_: collections.defaultdict(float))
+    scores = quick(images(real)).score(in_turn(images(fake, seed=1)), fake)
+    assert [scores["kid_subset_size"]] == sizes == [size]
+
+
+def test_eigenvalues_that_are_not_found(monkeypatch):
+    """A GPU's routine gives up: the CPU's is tried. That too: one line."""
+    covariance, eigh, tried = torch.eye(3).double(), torch.linalg.eigh, []
+
+    def fail_once(matrix):
+        tried.append(matrix.device)
+        if len(tried) == 1:
+            raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+        return eigh(matrix)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fail_once)
+        assert torch.equal(metrics.matrix_root(covariance).abs(), covariance) and len(tried) == 2
+    mean = torch.zeros(3).double()
+    for mean2, cov2, root1 in ((mean, covariance * torch.nan, covariance), (mean, covariance, None)):
+        cov1 = covariance if root1 is not None else covariance * torch.nan
+        with pytest.raises(UserError, match="no FID: .*--eval-every 0") as error:
+            metrics.frechet_distance(mean, cov1, mean2, cov2, root1)
+        assert "\n" not in str(error.value)
 
 
 def test_scores_of_different_numbers(quick):
     """The Inception Score of more images than the others, and of fewer."""
     evaluator, fake = quick(images(30)), images(40, seed=1)
+    assert [evaluator.score(in_turn(fake), 20, 40)[key] for key in ("num_real", "num_fake", "num_is")] == [30, 20, 40]
     few, many = evaluator.score(in_turn(fake), 20), evaluator.score(in_turn(fake), 40)
     mixed = evaluator.score(in_turn(fake), 20, num_is=40, batch_size=7)
     other = evaluator.score(in_turn(fake), 40, num_is=20, batch_size=7)
@@ -168,7 +212,7 @@ def test_two_processes_score_as_one(quick, tmp_path):
     joined = torch.cat([fake[:16], fake[16:31]])
     expected = quick(real).score(in_turn(joined), 31)
     expected |= {k: v for k, v in quick(real).score(in_turn(torch.cat([fake[:13], fake[16:28]])), 25).items()
-                 if k.startswith("is")}
+                 if k.startswith("is") or k == "num_is"}
     for _, scores, asked in received:
         assert scores == pytest.approx(expected, rel=1e-5) and asked == 2
     assert received[0][1] == received[1][1]
@@ -195,10 +239,52 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
                                             r"\(training alone can go without scores: --eval-every 0\)"):
             metrics.Evaluator(images(4), 4, None, "cpu")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    (tmp_path / "hub/checkpoints/weights.pth").write_bytes(b"cut")
-    with pytest.raises(UserError, match="was damaged and is removed"):
+    file = tmp_path / "hub/checkpoints/weights.pth"
+    file.write_bytes(b"still being copied")
+    with pytest.raises(UserError, match="is not torch-fidelity's Inception weights.*if it was downloaded, remove it"):
         metrics.Evaluator(images(4), 4, None, "cpu")
-    assert not (tmp_path / "hub/checkpoints/weights.pth").exists()
+    assert file.read_bytes() == b"still being copied"
+
+
+def test_weights_are_downloaded_once_and_whole(tmp_path, monkeypatch, weights):
+    """By jobs that start at once; a download that is cut without an error leaves no file."""
+    downloads = FORK.Value("i", 0)
+
+    def fetch(url, path, size=None):
+        downloads.value += 1
+        time.sleep(0.3)
+        pathlib.Path(path).write_bytes(weights.read_bytes()[:size])
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: fetch(url, path, 1000))
+    with pytest.raises(UserError, match="cannot download the Inception weights .*cut off, 1,000 bytes came"):
+        metrics.download_weights()
+    assert not list(tmp_path.rglob("*.pth*[!k]"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    downloads.value = 0
+    processes = [FORK.Process(target=metrics.download_weights) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert downloads.value == 1 and [process.exitcode for process in processes] == [0, 0, 0]
+    assert metrics.download_weights().read_bytes() == weights.read_bytes()
+
+
+def test_no_home_folder(tmp_path, monkeypatch):
+    """As in a container whose user has no entry in the list of users: one line, and no folder named ~."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for find in (metrics.download_weights, cache_folder):
+        with pytest.raises(UserError, match="~/.cache.*no such home folder is known"):
+            find()
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------ the figure of a score
@@ -242,13 +328,26 @@ def test_what_the_figure_shows(tmp_path, monkeypatch):
     (["a"], "x.png", "recall", "has no 'recall'; it has iteration, fid, kid_mean"),
     (["a"], "x.jpeg.", "fid", "ends in .png, .pdf or .svg"), (["nowhere"], "x.png", "fid", "nowhere has no scores"),
     ([], "x.png", "fid", "give the folders"), (["a"], "nowhere/x.png", "fid", "cannot write nowhere/x.png"),
-    (["cut"], "x.png", "fid", "cannot read cut"),
+    (["cut"], "x.png", "fid", "cut has no scores"), (["damaged"], "x.png", "fid", "damaged in line 1"),
+    (["~nosuchuser/a"], "x.png", "fid", "no such home"), (["a"], "~nosuchuser/x.png", "fid", "no such home"),
     (["G=a", "G=b"], "x.png", "fid", "the runs of G have no scored iteration in common")])
 def test_figures_that_cannot_be_drawn(tmp_path, monkeypatch, runs, out, key, words):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a", {100: 50.0})
     make_run(tmp_path / "b", {200: 50.0})
     (make_run(tmp_path / "cut", {}) / "metrics.jsonl").write_text('{"iteration": 1, "fi')
+    (make_run(tmp_path / "damaged", {}) / "metrics.jsonl").write_text('{"iteration": 1, "fi\n{"iteration": 2}\n')
     with pytest.raises(UserError, match=words) as error:
         figure.draw(runs, pathlib.Path(out), key)
     assert "\n" not in str(error.value)
+
+
+def test_scores_of_other_numbers_in_one_figure(tmp_path, capsys):
+    run = make_run(tmp_path / "a", {100: 50.0})
+    lines = [{"iteration": i, "fid": 50.0, "num_real": 10_000, "num_fake": fake} for i, fake in ((1, 5000), (2, 1000))]
+    figure.draw([str(run)], tmp_path / "x.png", "fid")
+    assert not capsys.readouterr().err
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure.draw([str(run)], tmp_path / "x.png", "fid")
+    assert "do not compare: num_real, num_fake, num_is are [10000, 1000, None]; [10000, 5000, None]\n" in (
+        capsys.readouterr().err)

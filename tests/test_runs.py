@@ -70,7 +70,8 @@ def test_the_run_folder(script, data, inception, tmp_path):
     assert setting["args"]["num_real"] == 12 and setting["args"]["iterations"] == 4
     line, = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     assert set(line) == {"iteration", "fid", "kid_mean", "kid_std", "is_mean", "is_std", "precision", "recall",
-                         "seconds", "images_per_second"}
+                         "num_real", "num_fake", "num_is", "kid_subset_size", "seconds", "images_per_second"}
+    assert [line[key] for key in ("num_real", "num_fake", "num_is", "kid_subset_size")] == [12, 10, 10, 5]
     assert line["iteration"] == 4 and line["fid"] > 0 and line["is_mean"] > 0.999 and line["images_per_second"] > 0
     assert {p.name for p in folder.iterdir() if "tfevents" not in p.name} == {
         "args.json", "checkpoint.pt", "generator.pt", "metrics.jsonl", "samples"}
@@ -93,6 +94,7 @@ def test_the_run_folder(script, data, inception, tmp_path):
     for tag in every:
         assert [e.step for e in board.Scalars(tag)] == [2, 4], tag
         assert all(math.isfinite(e.value) for e in board.Scalars(tag))
+    assert not any(tag.startswith("metrics/num") for tag in board.Tags()["scalars"])
     for name in ("fid", "kid_mean", "is_mean", "precision", "recall"):
         (event,) = board.Scalars(f"metrics/{name}")
         assert event.step == 4 and event.value == pytest.approx(line[name], rel=1e-5)
