@@ -1013,7 +1013,7 @@ def main() -> int:
     ended = [model for model in models.values() if "diverged" in model or model["iteration"] == total]
     if len(ended) == len(methods):
         print(f"{folder}: {summary}")
-        return 0
+        return 0 if any("networks" in model for model in ended) else 2
     print(f"{folder}: stopped ({summary}); go on with --resume {common.quote(folder)}")
     return 128 + signals[0]
 

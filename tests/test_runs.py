@@ -3,10 +3,12 @@ import dataclasses
 import json
 import math
 import os
+import pwd
 import random
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 
@@ -15,13 +17,13 @@ import numpy as np
 import pytest
 import scripts
 import torch
-from launcher import Process, run, wait_for
+from launcher import ROOT, Process, run, wait_for
 from make_runs import arguments, checkpoint, events, photos, same_checkpoints, scalars
 from PIL import Image
 from steps import CPU, TINY, noise
 
 import common
-from common import UserError, datasets
+from common import UserError, datasets, training
 
 each = scripts.each
 CONSTANT = {"gngan_resnet": ["--lr-schedule", "constant"], "mmgan_igan": ["--lr-schedule", "constant"]}
@@ -74,7 +76,7 @@ def test_the_run_folder(script, data, inception, tmp_path):
     assert [line[key] for key in ("num_real", "num_fake", "num_is", "kid_subset_size")] == [12, 10, 10, 5]
     assert line["iteration"] == 4 and line["fid"] > 0 and line["is_mean"] > 0.999 and line["images_per_second"] > 0
     assert {p.name for p in folder.iterdir() if "tfevents" not in p.name} == {
-        "args.json", "checkpoint.pt", "generator.pt", "metrics.jsonl", "samples"}
+        ".lock", "args.json", "checkpoint.pt", "generator.pt", "metrics.jsonl", "samples"}
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["00000002.png", "00000004.png"]
     grid = np.asarray(Image.open(folder / "samples/00000004.png"))
     assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3) and grid.std() > 1
@@ -263,11 +265,24 @@ def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
         go_on(folder, be_killed)
     assert checkpoint(folder)["iteration"] == 2 and not (folder / "metrics.jsonl").exists()
     assert go_on(folder, good) is True and Evaluator.calls == 4
-    assert [r["iteration"] for r in common.read_lines(folder / "metrics.jsonl")] == [2, 4]
+    records = common.read_lines(folder / "metrics.jsonl")
+    assert [r["iteration"] for r in records] == [2, 4]
+    assert records[0]["images_per_second"] is None and records[1]["images_per_second"] > 0
     assert go_on(folder, good) is True and Evaluator.calls == 4  # nothing is missing
+    assert [e.step for e in scalars(folder, "metrics/fid")] == [2, 4]
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    for contents, made in ((whole[:-1], 0), (whole[:-9], 1), (whole[:-20] + bytes(20), 1)):
+        metrics.write_bytes(contents)  # cut by a full disk, a power loss
+        calls = Evaluator.calls
+        assert go_on(folder, good) is True and Evaluator.calls == calls + made
+        assert [r["iteration"] for r in common.read_lines(metrics)] == [2, 4]
+    metrics.write_bytes(b"junk\n" + whole)
+    with pytest.raises(UserError, match=f"{metrics} is damaged in line 1 .*: remove that line"):
+        go_on(folder, good)
+    metrics.write_bytes(whole)
     go_on(tmp_path / "straight", good)
     same_checkpoints(folder, tmp_path / "straight")
-    assert [e.step for e in scalars(folder, "metrics/fid")] == [2, 4]
 
 
 @each()
@@ -408,6 +423,127 @@ def test_a_compiler_that_fails(script, data, tmp_path):
     assert "torch.compile fails here" in line and "Traceback" not in err and "1/1" in err
 
 
+# ---------------------------------------------------------------------------------------------------------- outputs
+@pytest.fixture(params=["pipe", "terminal"])
+def output(request, tmp_path):
+    """The path of a pipe or a terminal, and a function after which nobody reads it any more."""
+    if request.param == "pipe":
+        path = str(tmp_path / "pipe")
+        os.mkfifo(path)
+        ends = [os.open(path, os.O_RDONLY | os.O_NONBLOCK)]
+    else:
+        ends = list(os.openpty())
+        path = os.ttyname(ends[1])
+
+    def hang_up():
+        while ends:
+            os.close(ends.pop())
+
+    yield path, hang_up
+    hang_up()
+
+
+@scripts.alike()
+def test_an_output_that_is_gone(script, data, tmp_path, output):
+    """`| tee log` that Ctrl-C ends first, a terminal that was closed: the run goes on, and saves."""
+    path, hang_up = output
+    process = Process(script, *arguments(data, tmp_path, "r", "--iterations", 100_000, "--checkpoint-every", 1),
+                      output=path)
+    wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), process)
+    hang_up()
+    before = checkpoint(tmp_path / "r")["iteration"]
+    time.sleep(1.5)  # the progress bar is drawn twice a second
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130 and checkpoint(tmp_path / "r")["iteration"] > before + 2
+
+
+@each("gngan_cnn")
+def test_outputs_that_are_closed(script, data, tmp_path):
+    """As a shell's >&- does; an error then has its status alone."""
+    given = shlex.join(map(str, arguments(data, tmp_path, "r", "--iterations", 2)))
+    for redirected, status in ((">&- 2>&-", 0), (">&-", 2)):  # the second: the folder has a run in it
+        done = subprocess.run(f"exec {sys.executable} {ROOT / script.SCRIPT}.py {given} {redirected}", shell=True,
+                              capture_output=True, text=True)
+        assert done.returncode == status and "Traceback" not in done.stderr and not done.stdout
+    assert "has a run in it" in done.stderr and checkpoint(tmp_path / "r")["iteration"] == 2
+
+
+@scripts.alike()
+def test_in_a_notebook(script, data, tmp_path):
+    """As %run does: its output stream cannot be reconfigured; it and the notebook's signals are the same afterwards."""
+    given = [str(v) for v in arguments(data, tmp_path, "r", "--iterations", 2)]
+    (tmp_path / "notebook.py").write_text(f"""
+import io, runpy, signal, sys
+
+class OutStream(io.TextIOBase):
+    encoding, text = "UTF-8", ""
+
+    def write(self, text):
+        OutStream.text += text
+        return len(text)
+
+own = sys.stdout
+sys.stdout = sys.stderr = stream = OutStream()
+handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
+sys.argv = [{str(ROOT / script.SCRIPT)!r} + ".py", *{given!r}]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    status = end.code
+assert sys.stdout is sys.stderr is stream
+assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
+print(status, "2 iterations" in stream.text, "2/2" in stream.text, file=own)
+""")
+    out, _ = run(str(tmp_path / "notebook.py"))
+    assert out.split() == ["0", "True", "True"]
+
+
+# ---------------------------------------------------------------------------------------------------- data and paths
+@scripts.alike()
+def test_training_inside_the_photo_folder(script, tmp_path):
+    """Its own samples and generated images are no data: a resumed run goes on, and the next sees the photos alone."""
+    folder = make_data.image_folder(tmp_path / "photos", 12)
+    given = ["--iterations", 2, "--sample-every", 1, *constant(script)]
+    run(script, *arguments(folder, folder / "runs", "r", *given))
+    run(script, "--generate", folder / "runs/r", "--num-images", 3)
+    assert len(list((folder / "runs/r/generated").iterdir())) == 3
+    out, _ = run(script, "--resume", folder / "runs/r", "--iterations", 4)
+    assert "12 images of 32x32" in out and "4 iterations" in out
+    out, err = run(script, *arguments(folder, folder, "next", *given))
+    assert "12 images of 32x32" in out and "decoding" not in err
+
+
+@scripts.alike()
+def test_home_folders_that_do_not_exist(script, straight, monkeypatch):
+    for flag in ("--resume", "--evaluate", "--generate"):
+        refuse(script, ["~nosuchuser/x", "no such home folder"], flag, "~nosuchuser/x")
+    given = ["--run-name", "x", "--resume", "auto"]
+    refuse(script, ["~nosuchuser/x", "no such home folder"], "--run-dir", "~nosuchuser", *given)
+    check_errors(script, [([f"{path}: no such home folder"], given) for path, given in (
+        ("~nosuchuser/x", ["--run-dir", "~nosuchuser", "--run-name", "x"]),
+        ("~nosuchuser/x", ["--dataset", "folder", "--data-dir", "~nosuchuser/x"]),
+        ("~nosuchuser/x.npy", ["--generate", straight, "--out", "~nosuchuser/x.npy"]))])
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda user: {}[user])  # as in a container
+    refuse(script, ["~/x: no such home folder", "HOME"], "--resume", "~/x")
+
+
+@each()
+def test_none_at_resume(script, data, tmp_path):
+    """It asks for the default, as it does at a start."""
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 2, *constant(script)))
+    process = Process(script, "--resume", tmp_path / "r", "--iterations", None, "--num-real", None,
+                      "--checkpoint-every", 1)
+    wait_for(lambda: checkpoint(tmp_path / "r")["iteration"] > 2, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode in (130, 0) and "--iterations None (saved: 2)" in err and "Traceback" not in err, err
+    args = script.resolve(script.Args())
+    default = args.iterations or args.epochs * 40 // 8  # 40 images in batches of 8
+    assert json.loads((tmp_path / "r/args.json").read_text())["args"]["iterations"] == default
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
 def check_errors(script, cases, replaced=()):
     """Each case, (words, arguments), ends with status 2 and one line of these words. They run at the same time.
@@ -525,11 +661,19 @@ def test_resume_errors(script, straight, data, tmp_path):
     refuse(script, ["has flags that this", "unknown"], "--resume", foreign)
     (tmp_path / "cut").mkdir()
     file = tmp_path / "cut/checkpoint.pt"
-    for contents in ((straight / "checkpoint.pt").read_bytes()[:2000], b"", (straight / "args.json").read_bytes()):
+    whole = (straight / "checkpoint.pt").read_bytes()
+    for contents in (whole[:2000], whole[:-10], b"", b"junk", (straight / "args.json").read_bytes(),
+                     *(random.Random(seed).randbytes(64) for seed in range(20))):
         file.write_bytes(contents)
         refuse(script, [f"cannot read {file}: it is cut off or no checkpoint"], "--resume", file.parent)
-    torch.save([1], file)
-    refuse(script, [f"is not a checkpoint of {script.SCRIPT}.py"], "--resume", file)
+    for foreign in ([1], {"script": script.SCRIPT, "args": [1], "iteration": 1}):
+        torch.save(foreign, file)
+        refuse(script, [f"is not a checkpoint of {script.SCRIPT}.py"], "--resume", file)
+    for name, junk in (("networks", [1]), ("optimizers", {"generator": [1]}), ("optimizers", [])):
+        with pytest.raises(UserError, match="the checkpoint does not fit"):
+            args, _, read = script.parse_args(["--resume", str(changed(straight, tmp_path, **{name: junk}))])
+            networks = script.init_networks(args, CPU)
+            training.restore(read, networks, script.init_optimizers(args, networks))
     torch.save({"script": "another", "args": {}, "iteration": 1}, file)
     refuse(script, [f"is a checkpoint of another.py, not of {script.SCRIPT}.py"], "--generate", file)
     networks = {k: v for k, v in saved["networks"].items() if k != "generator_ema.linear.weight"}
@@ -582,25 +726,24 @@ def test_a_program_ends_in_one_line(error, line, capsys, monkeypatch):
 
     monkeypatch.setattr(common, "on_signals", lambda handle: None)
     monkeypatch.setattr(sys, "argv", ["some/path/x.py"])
-    for stream in ("stdout", "stderr"):
-        monkeypatch.setattr(getattr(sys, stream), "reconfigure", lambda **_: None, raising=False)
     with pytest.raises(SystemExit) as end:
         common.run(main)
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith(f"x.py: error: {line}") and len(err.splitlines()) == 1
 
 
-def test_nohup_is_respected():
-    """A signal that the parent ignores stays ignored; the others are handled."""
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_nohup_is_respected(ignored):
+    """A signal that the parent ignores (nohup's, a shell's of a background job) stays so; the others are handled."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     seen = []
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(ignored, signal.SIG_IGN)
         common.on_signals(seen.append)
         for number in numbers:
             os.kill(os.getpid(), number)
-        assert seen == [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        assert seen == [number for number in numbers if number != ignored]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

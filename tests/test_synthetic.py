@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -356,7 +357,9 @@ def test_resume_is_exact(script, tmp_path, left_alone, number):
     process.send_signal(number)
     out, err = process.communicate()
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
-    if number != signal.SIGKILL:
+    if number == signal.SIGKILL:  # and a power loss
+        metrics.write_bytes(metrics.read_bytes()[:-30])
+    else:
         assert f"--resume {tmp_path / 'r'}" in out and (tmp_path / "r/modes.png").exists()
     run(script, *command)
     resumed, expected = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path / "r", left_alone))
@@ -530,6 +533,59 @@ def test_a_method_of_ones_own(script, tmp_path, dim, method):
     pictures = {"modes.png", "density.png", "training.gif"} if dim == 1 else {
         "modes.png", "samples.png", "gradient_map.png"}
     assert pictures <= {path.name for path in (tmp_path / "r").iterdir()}
+
+
+@pytest.mark.parametrize("flag,title", [("--vaegan-kl", "VAE-GAN"), ("--lambda-m1", "GN-GAN")])
+def test_a_method_that_diverges_among_others(script, tmp_path, flag, title):
+    """One in the middle, or the last: it is reported as diverged, the others run; so it is after a resume."""
+    key = {"VAE-GAN": "vaegan", "GN-GAN": "gngan"}[title]
+    others = [name for name in script.methods_of(1, "all") if name != key]
+    out, err = run(script, *LINE, flag, "3e38", "--run-dir", tmp_path, "--run-name", "r")
+    when = re.search(f"\n{title} diverged at (iteration \\d+ \\(epoch \\d\\))\n", out)[1]
+    assert f"{title} diverged at {when}" in err and "Traceback" not in err
+    assert out.splitlines()[-1].endswith(f"{title} diverged at {when}")
+    results = json.loads((tmp_path / "r/results.json").read_text())
+    assert results.pop(key) == {"diverged": when} and list(results) == others
+    titles = [row.split("  ")[0] for row in out.splitlines() if " ± " in row]
+    assert titles == [script.METHODS[name].title for name in others]
+    files = [tmp_path / "r" / name for name in ("results.json", "metrics.jsonl")]
+    before = [file.read_text() for file in files]
+    again, _ = run(script, "--resume", tmp_path / "r")
+    assert again.splitlines()[1:] == out.splitlines()[1:]
+    assert [re.sub(r'"(seconds|iterations_per_second)": .*', "", text) for text in before] == [
+        re.sub(r'"(seconds|iterations_per_second)": .*', "", file.read_text()) for file in files]
+
+
+def test_methods_that_all_diverge(script, tmp_path):
+    out, _ = run(script, *LINE, "--lr", "1e30", "--run-dir", tmp_path, "--run-name", "r", status=2)
+    assert out.splitlines()[-1].count(" diverged at iteration ") == len(script.methods_of(1, "all"))
+
+
+def test_a_terminal_that_is_closed(script, tmp_path):
+    """The methods all run."""
+    ends = os.openpty()
+    process = Process(script, *LINE, "--run-dir", tmp_path, "--run-name", "r", output=os.ttyname(ends[1]))
+    wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), process)
+    for end in ends:
+        os.close(end)
+    process.communicate()
+    assert process.returncode == 0
+    assert list(json.loads((tmp_path / "r/results.json").read_text())) == script.methods_of(1, "all")
+
+
+def test_a_checkpoint_of_junk(script, tmp_path):
+    for contents in (b"junk", os.urandom(64)):
+        (tmp_path / "checkpoint.pt").write_bytes(contents)
+        with pytest.raises(UserError, match="cannot read .*: it is cut off or no checkpoint"):
+            script.parse_args(["--resume", str(tmp_path)])
+
+
+def test_none_at_resume_is_the_default(script, saved):
+    given = ["--epochs", "None", "--batch-size", "None", "--beta1", "None"]
+    args = script.parse_args(["--resume", str(saved[0]), *given[:2]])[0]
+    assert args.epochs == 500
+    with pytest.raises(UserError, match="--batch-size is 128: the run of .* has 16"):
+        script.parse_args(["--resume", str(saved[0]), *given])
 
 
 def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(script, tmp_path):

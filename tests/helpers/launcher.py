@@ -17,11 +17,11 @@ context.set_forkserver_preload(["torch.utils.tensorboard", "torchvision.utils", 
                                 "matplotlib.pyplot", "torch_fidelity", "launcher"])
 
 
-def main(script, arguments, folder, file_limit, environment):
+def main(script, arguments, folder, file_limit, environment, output):
     os.environ.update(environment)
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     for number, name in ((1, "out"), (2, "err")):
-        descriptor = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(output or os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding=encoding) for n in (1, 2))
@@ -36,14 +36,15 @@ def main(script, arguments, folder, file_limit, environment):
 
 
 class Process:
-    """The part of subprocess.Popen's interface that the tests use. `script`: a module or its file's name."""
+    """The part of subprocess.Popen's interface that the tests use. `script`: a module or its file's name; `output`: a
+    pipe's or a terminal's path, in place of the files that `read` reads."""
 
-    def __init__(self, script, *arguments, file_limit=0, environment=None):
+    def __init__(self, script, *arguments, file_limit=0, environment=None, output=None):
         self.folder = tempfile.TemporaryDirectory()
         arguments = [str(a) for a in arguments]
         script = script if isinstance(script, str) else f"{script.SCRIPT}.py"
         self.process = context.Process(target=main, daemon=True, args=(script, arguments, self.folder.name, file_limit,
-                                                                       environment or {}))
+                                                                       environment or {}, output))
         self.process.start()
 
     def poll(self):
