@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -80,9 +81,17 @@ class Output:
 
     def write(self, text: str) -> int:
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self.attempt(self.stream.write, text.encode(encoding, "replace").decode(encoding))
+        if "\n" in text:
+            self.flush()  # a log shows a line at once
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call: Callable, *given: str) -> None:
         try:
-            self.stream.write(text.encode(encoding, "replace").decode(encoding))
-            self.stream.flush()
+            call(*given)
         except BlockingIOError:
             pass  # a terminal that is slow
         except (OSError, ValueError):  # ValueError: it is closed
@@ -90,10 +99,6 @@ class Output:
             with contextlib.suppress(OSError, ValueError):  # what waits in its buffer must not fail at the exit
                 os.dup2(nowhere.fileno(), self.stream.fileno())
             self.stream = nowhere
-        return len(text)
-
-    def flush(self) -> None:  # `write` has done it
-        pass
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -185,7 +190,7 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object]
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         for leftover in path.parent.iterdir():
-            if leftover.name.startswith(path.name) and leftover.suffix == ".tmp":
+            if re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{12}\.tmp", leftover.name):
                 with contextlib.suppress(OSError):  # another process may have renamed it just now
                     if leftover.stat().st_mtime < time.time() - 86400:
                         leftover.unlink()
@@ -220,7 +225,7 @@ def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
     Raises BlockingIOError: another process has the lock, and `wait` is False; WriteError: no such file can be made.
     """
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise WriteError(f"cannot write {file}: {reason(error)}") from None
     try:

@@ -90,9 +90,9 @@ def load(name: str, root: str | os.PathLike, image_size: int) -> torch.Tensor:
     key = digest((VERSION, image_size, identity))
     subfolder = digest(os.path.realpath(root))  # of the cache folder: two data sets may have one label
 
-    with contextlib.suppress(OSError, EOFError, ValueError):  # not there, cut, or not an array
+    with contextlib.suppress(Exception):  # not there, or whatever a cut or foreign file makes NumPy raise
         return map_array(place / f"{prefix}{key}.npy")
-    with contextlib.suppress(OSError, EOFError, ValueError, UserError):  # UserError: no cache folder
+    with contextlib.suppress(Exception):  # no cache folder, too
         return map_array(cache_folder() / subfolder / f"{prefix}{key}.npy")
     with contextlib.suppress(WriteError):
         if os.access(place, os.W_OK):
@@ -126,14 +126,14 @@ def decode_to_file(decode: Callable, image_size: int, folder: pathlib.Path, pref
 
     path = folder / f"{prefix}{key}.npy"
     with lock(folder / f"{prefix}lock", wait=True):
-        with contextlib.suppress(OSError, EOFError, ValueError):
+        with contextlib.suppress(Exception):
             return map_array(path)
         write_atomically(path, write, "make room for the decoded images, or set XDG_CACHE_HOME; ")
         for other in folder.glob(glob.escape(prefix) + "?" * len(key) + ".npy"):
             if other != path:
                 with contextlib.suppress(OSError):
                     other.unlink()
-    return map_array(path)
+        return map_array(path)
 
 
 # ------------------------------------------------------------- a folder or .zip of images

@@ -404,16 +404,17 @@ def test_leftovers_of_killed_processes_are_removed_after_a_day(tmp_path):
     datasets.load("folder", archive, 32)
     cached, = tmp_path.glob(".photos-*.npy")
     cached.unlink()
-    old, new = (tmp_path / f"{cached.name}.{name}.tmp" for name in ("old", "new"))
-    old.touch()
-    new.touch()
-    os.utime(old, (time.time() - 90000,) * 2)
+    old, new, mine = (tmp_path / f"{cached.name}.{name}.tmp" for name in (12 * "0", 12 * "1", "mine"))
+    for file in (old, new, mine):
+        file.touch()
+    for file in (old, mine):
+        os.utime(file, (time.time() - 90000,) * 2)
     datasets.load("folder", archive, 32)
-    assert not old.exists() and new.exists()
+    assert not old.exists() and new.exists() and mine.exists()
 
 
 def test_leftovers_that_another_process_has_just_renamed(tmp_path, monkeypatch):
-    listed = [tmp_path / "x.0123.tmp", tmp_path / "x.4567.tmp"]  # neither is there any more
+    listed = [tmp_path / f"x.{12 * digit}.tmp" for digit in "01"]  # neither is there any more
     monkeypatch.setattr(type(tmp_path), "iterdir", lambda folder: iter(listed))
     write_atomically(tmp_path / "x", lambda path: path.write_text("new"))
     assert (tmp_path / "x").read_text() == "new"
