@@ -689,15 +689,7 @@ def test_jobs_that_start_at_once_on_an_archive(tmp_path, monkeypatch, server, na
 def load_at_once(count, name, root, size):
     """What processes that begin at the same moment load."""
     results, begin = FORK.SimpleQueue(), FORK.Barrier(count)
-
-    def work():
-        begin.wait()
-        try:
-            results.put(datasets.load(name, root, size).numpy().copy())
-        except BaseException as error:
-            results.put(repr(error))
-
-    processes = [FORK.Process(target=work) for _ in range(count)]
+    processes = [FORK.Process(target=put_loaded, args=(results, begin, name, root, size)) for _ in range(count)]
     for process in processes:
         process.start()
     loaded = [results.get() for _ in processes]
@@ -705,6 +697,15 @@ def load_at_once(count, name, root, size):
         process.join()
     assert not any(isinstance(result, str) for result in loaded), loaded
     return loaded
+
+
+def put_loaded(results, begin, name, root, size):
+    """As a process: put what is loaded, or the error in words."""
+    begin.wait()
+    try:
+        results.put(datasets.load(name, root, size).numpy().copy())
+    except BaseException as error:
+        results.put(repr(error))
 
 
 def test_a_job_killed_while_it_downloads(tmp_path, monkeypatch, server):
@@ -718,7 +719,7 @@ def test_a_job_killed_while_it_downloads(tmp_path, monkeypatch, server):
         time.sleep(0.01)
     server.pause, server.cut = 0, None
     results = FORK.SimpleQueue()
-    second = FORK.Process(target=lambda: results.put(datasets.load("cifar10", tmp_path / "data", 32).numpy().copy()))
+    second = FORK.Process(target=put_loaded, args=(results, FORK.Barrier(1), "cifar10", tmp_path / "data", 32))
     second.start()
     time.sleep(0.2)
     assert results.empty() and not (tmp_path / "data" / file).exists()
