@@ -827,8 +827,10 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 if args.dim == 1:
                     frames = [*frames, density_and_score(args, networks, epoch)]
                 record = {"method": args.method, "epoch": epoch, "iteration": iteration, **scores}
-                with open(folder / "metrics.jsonl", "a") as file:  # a line that a full disk cuts is made again
+                with open(folder / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())  # before the next checkpoint: a line that is cut is made again
                 for name, value in scores.items():
                     writer.add_scalar(f"metrics/{name}", np.mean(value), epoch)
                 for name, value in losses.items():
@@ -877,6 +879,10 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
     if checkpoint is None:
         return args, None, None
 
+    entries = {"method": str, "finished": dict, "losses": dict, "frames": list}
+    if (any(not isinstance(checkpoint.get(name), kind) for name, kind in entries.items())
+            or checkpoint["method"] not in METHODS):
+        raise UserError(f"{file} is not a checkpoint of {SCRIPT}.py")
     fixed = {"method", "dim", "seed", "batch_size"}  # an epoch, say, stays what it is
     if checkpoint.get("finished"):  # a table's methods are trained alike
         fixed = checkpoint["args"].keys() - {"device", "compile", "checkpoint_every"}

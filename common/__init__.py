@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import gc
 import itertools
@@ -14,7 +15,6 @@ import pathlib
 import platform
 import re
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
@@ -44,6 +44,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Call `main` as a program: its result is the exit status, an error is one line, a signal ends it with 128 + n."""
     atexit.register(gc.freeze)  # else the interpreter's exit looks through all of PyTorch once more, for two seconds
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    notebook = "IPython" in sys.modules  # it goes on after the program
     on_signals(lambda number: sys.exit(128 + number))
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
         try:
@@ -52,8 +53,8 @@ def run(main: Callable[[], int]) -> NoReturn:
             error = "out of GPU memory: lower --batch-size or --width"
         except (UserError, OSError) as caught:
             error = caught
-        finally:  # a notebook that ran the program goes on
-            for number, handler in before.items():
+        finally:
+            for number, handler in before.items() if notebook else ():
                 signal.signal(number, handler)
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -70,10 +71,10 @@ def on_signals(handle: Callable[[int], object]) -> None:
 
 
 class Output:
-    """A text stream whose writes never fail.
+    """A text stream whose writes never raise.
 
-    One that can no longer be written, such as a pipe whose reader died or a closed terminal, is dropped. A character
-    that it lacks becomes a ?.
+    One that nobody can read any more, such as a pipe whose reader died or a closed terminal, is dropped. On a full disk
+    text is lost, and Python ends with a status of its own. A character that the stream lacks becomes a ?.
     """
 
     def __init__(self, stream: Optional[TextIO]):
@@ -92,9 +93,9 @@ class Output:
     def attempt(self, call: Callable, *given: str) -> None:
         try:
             call(*given)
-        except BlockingIOError:
-            pass  # a terminal that is slow
-        except (OSError, ValueError):  # ValueError: it is closed
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            if isinstance(error, OSError) and error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO):
+                return
             nowhere = open(os.devnull, "w")
             with contextlib.suppress(OSError, ValueError):  # what waits in its buffer must not fail at the exit
                 os.dup2(nowhere.fileno(), self.stream.fileno())
@@ -174,9 +175,10 @@ def check_ranges(args, ranges: dict[str, str]) -> None:
 
 # -------------------------------------------------------------------------------------------------------- files
 def expand(path: str | os.PathLike) -> pathlib.Path:
-    """A path with a home folder's ~ or ~user replaced. Raises UserError: there is no such home."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
+    """A path as it is typed, with a home folder's ~ or ~user replaced; a Path, which has passed here, stays as it is.
+    Raises UserError: there is no such home."""
+    expanded = os.path.expanduser(path) if isinstance(path, str) else path
+    if isinstance(path, str) and expanded.startswith("~"):
         raise UserError(f"{path}: no such home folder is known (is HOME set?): write the path out")
     return pathlib.Path(expanded)
 
@@ -185,15 +187,11 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object]
     """Write a file through a temporary one in the same folder, so that a crash or a full disk leaves the old one whole.
 
     `write` is handed the temporary path. A failure raises WriteError: what happened and `advice`. The temporary name is
-    random, since processes on several machines may share the folder; leftovers older than a day are removed.
+    random, since processes on several machines may share the folder; leftovers are removed.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        for leftover in path.parent.iterdir():
-            if re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{12}\.tmp", leftover.name):
-                with contextlib.suppress(OSError):  # another process may have renamed it just now
-                    if leftover.stat().st_mtime < time.time() - 86400:
-                        leftover.unlink()
+        remove_leftovers(path.parent, path.name)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -204,6 +202,15 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object]
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: pathlib.Path, prefix: str) -> None:
+    """Remove what processes that were killed more than a day ago left of files that begin with `prefix`."""
+    with contextlib.suppress(OSError):  # another process may have renamed one just now
+        for file in folder.iterdir():
+            if re.fullmatch(re.escape(prefix) + r".*\.[0-9a-f]{12}\.tmp", file.name):
+                if file.stat().st_mtime < time.time() - 86400:
+                    file.unlink()
 
 
 def cache_folder() -> pathlib.Path:
@@ -219,17 +226,14 @@ def cache_folder() -> pathlib.Path:
 
 @contextlib.contextmanager
 def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
-    """The context in which this process has a lock, of all that ask for it on any machine that sees the file.
+    """Hold an exclusive lock on a file, which is made and stays, within the context.
 
-    The system lets go of it when the process ends, however it ends. The file, which is made, stays.
-    Raises BlockingIOError: another process has the lock, and `wait` is False; WriteError: no such file can be made.
+    It is held against processes on other machines too. The system lets go of it when the process ends, however it ends.
+    Raises BlockingIOError: another process has it, and `wait` is False; OSError: no such file can be made.
     """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # a file: NFS has no locks of folders
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise WriteError(f"cannot write {file}: {reason(error)}") from None
-    try:
-        with contextlib.suppress(OSError):  # its owner alone may
+        with contextlib.suppress(OSError):  # several users may share a data folder; its owner alone may do this
             os.fchmod(descriptor, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,6 +244,8 @@ def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
+        if not wait and not (file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file))):
+            raise BlockingIOError  # who had it has removed it
         yield
     finally:
         os.close(descriptor)
@@ -247,22 +253,22 @@ def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> Iterator[pathlib.Path]:
-    """A run folder that no other process trains in until this context ends; a folder left empty is removed.
+    """A run folder that no other process trains in until this context ends. One that is made and left empty is removed.
 
     resume: go on in it. Otherwise it must not hold a run's checkpoint.pt or results.json; free_name: then, or if
     another process has it, take its name with -2, -3, ... instead.
     """
     for number in itertools.count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        problem = None
+        problem, new = None, not place.exists()
         with contextlib.ExitStack() as held:
             try:
                 place.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock(place / ".lock", wait=False))  # a file: NFS has no locks of folders
+                held.enter_context(lock(place / ".lock", wait=False))
             except BlockingIOError:
                 problem = f"another process is training in {place}"
-            except (OSError, WriteError) as error:
-                raise UserError(f"cannot make the run folder {place}: {reason(error)}; choose another --run-dir"
+            except OSError as error:
+                raise UserError(f"cannot make the run folder {place}: {error.strerror}; choose another --run-dir"
                                 ) from None
             if not problem and not resume and any((place / n).exists() for n in ("checkpoint.pt", "results.json")):
                 problem = f"{place} has a run in it: choose another --run-name, or go on with --resume {quote(place)}"
@@ -270,9 +276,9 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
                 try:
                     yield place
                 finally:
-                    with contextlib.suppress(OSError):
-                        if os.listdir(place) == [".lock"]:
-                            shutil.rmtree(place)
+                    if new and os.listdir(place) == [".lock"]:
+                        (place / ".lock").unlink()
+                        place.rmdir()
                 return
         if not free_name:
             raise UserError(problem)
@@ -294,7 +300,7 @@ def read_checkpoint(path: str | os.PathLike, script: str) -> tuple[pathlib.Path,
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a cut or foreign file makes PyTorch raise
         raise UserError(f"cannot read {file}: it is cut off or no checkpoint ({reason(error)})") from None
-    entries = {"script": str, "args": dict, "iteration": int}
+    entries = {"script": str, "args": dict, "iteration": int, "seconds": float, "networks": dict}
     if not (isinstance(checkpoint, dict)
             and all(isinstance(checkpoint.get(name), kind) for name, kind in entries.items())):
         raise UserError(f"{file} is not a checkpoint of {script}.py")

@@ -38,7 +38,7 @@ from torchvision.datasets import CIFAR10, MNIST, STL10, CelebA, utils
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import UserError, WriteError, cache_folder, expand, lock, reason, write_atomically
+from common import UserError, WriteError, cache_folder, expand, lock, reason, remove_leftovers, write_atomically
 from common.training import world
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif",
@@ -94,7 +94,7 @@ def load(name: str, root: str | os.PathLike, image_size: int) -> torch.Tensor:
         return map_array(place / f"{prefix}{key}.npy")
     with contextlib.suppress(Exception):  # no cache folder, too
         return map_array(cache_folder() / subfolder / f"{prefix}{key}.npy")
-    with contextlib.suppress(WriteError):
+    with contextlib.suppress(WriteError, OSError):  # OSError: of its lock
         if os.access(place, os.W_OK):
             return decode_to_file(decode, image_size, folder=place, prefix=prefix, key=key)
     folder = cache_folder() / subfolder
@@ -116,19 +116,27 @@ def decode_to_file(decode: Callable, image_size: int, folder: pathlib.Path, pref
     While one process decodes, others wait, and take what it has written."""
     def write(temporary: pathlib.Path) -> None:
         def allocate(*shape: int) -> np.ndarray:
-            array = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, a crash once the map is written
-                with open(temporary, "rb+") as file:
-                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+            try:
+                array = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=shape)
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, a crash once the map is written
+                    with open(temporary, "rb+") as file:
+                        os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+            except OSError as error:
+                raise WriteError(f"cannot write {path}: {reason(error)}; {advice}") from None
             return array
 
-        decode(image_size, allocate)
+        try:
+            decode(image_size, allocate)
+        except OSError as error:  # of a source; not to be taken for one of `path`
+            raise UserError(f"cannot read the images: {reason(error)}") from None
 
     path = folder / f"{prefix}{key}.npy"
+    advice = "make room for the decoded images, or set XDG_CACHE_HOME"
+    remove_leftovers(folder, prefix)
     with lock(folder / f"{prefix}lock", wait=True):
         with contextlib.suppress(Exception):
             return map_array(path)
-        write_atomically(path, write, "make room for the decoded images, or set XDG_CACHE_HOME; ")
+        write_atomically(path, write, f"{advice}; ")
         for other in folder.glob(glob.escape(prefix) + "?" * len(key) + ".npy"):
             if other != path:
                 with contextlib.suppress(OSError):
@@ -147,9 +155,8 @@ def image_files(path: pathlib.Path, crop: int | None = None) -> tuple[object, Ca
     packed = not os.path.isdir(path)
     entries = list_zip(path) if packed else list_folder(path)
     entries = sorted((e for e in entries if not is_hidden(e[0])), key=lambda e: e[0])
-    holders = [{os.path.dirname(e[0]) for e in entries if os.path.basename(e[0]) == name}
-               for name in ("args.json", "checkpoint.pt")]
-    runs = set.intersection(*holders) - {""}
+    runs = {os.path.dirname(e[0]) for e in entries if os.path.basename(e[0]) == "args.json"} - {""}
+    runs &= {os.path.dirname(e[0]) for e in entries if ending(e[0]) == ".pt"}
     inside = tuple(run + "/" for run in runs)  # a training that began in this folder must not see its own samples
     entries = [e for e in entries if not e[0].startswith(inside)]
     images = [e for e in entries if ending(e[0]) in EXTENSIONS]
@@ -190,7 +197,12 @@ def list_folder(folder: pathlib.Path) -> list[tuple[str, tuple[int, int], None]]
     """Every file below a folder that is not hidden: name, (size, time), None. Links are followed; a folder
     that several of them lead to is read once. Raises UserError: files that cannot be read (named)."""
     files, seen, errors = [], set(), []
-    for directory, subfolders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError) or os.path.islink(error.filename):  # else just renamed or removed
+            errors.append(error)
+
+    for directory, subfolders, names in os.walk(folder, onerror=failed, followlinks=True):
         subfolders[:] = sorted(s for s in subfolders if not is_hidden(s))
         if os.path.realpath(directory) in seen:
             subfolders.clear()
@@ -202,7 +214,7 @@ def list_folder(folder: pathlib.Path) -> list[tuple[str, tuple[int, int], None]]
                 stamp = (status.st_size, status.st_mtime_ns)
                 files.append((os.path.relpath(path, folder), stamp, None))
             except OSError as error:
-                errors.append(error)
+                failed(error)
     if errors:
         raise unreadable(f"files and folders in {folder}", sorted((e.filename, e.strerror) for e in errors))
     return files
@@ -228,13 +240,12 @@ def read_image(file: BinaryIO, crop: int | None, size: int) -> np.ndarray:
     """The central square of an image, upright, on white where it is transparent: uint8 [size, size, 3].
     Metadata that is damaged is passed over.
     Raises ValueError: an unknown format, an image smaller than `crop`, grey values of no known range."""
+    draft = None if crop else (2 * size, 2 * size)
     try:
-        image = Image.open(without_metadata(file))
-    except UnidentifiedImageError:
-        raise ValueError("not in a format that Pillow reads") from None  # Pillow's message names a BytesIO
-    if crop is None:
-        image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
-    image.load()
+        image = open_image(file, draft)
+    except Exception:  # Pillow refuses a whole image for its metadata
+        file.seek(0)
+        image = open_image(without_metadata(file), draft)
     with contextlib.suppress(Exception):  # whatever an odd EXIF makes Pillow raise, as it is read or written anew
         ImageOps.exif_transpose(image, in_place=True)  # a camera held sideways says so in the file
     side = crop or min(image.size)
@@ -250,27 +261,49 @@ def read_image(file: BinaryIO, crop: int | None, size: int) -> np.ndarray:
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 
-PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # those that pixels depend on
+def open_image(file: BinaryIO, draft: tuple[int, int] | None) -> Image.Image:
+    """A decoded image. draft: a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, at least this one."""
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:
+        raise ValueError("not in a format that Pillow reads") from None  # Pillow's message names a BytesIO
+    if draft:
+        image.draft(None, draft)
+    image.load()
+    return image
 
 
 def without_metadata(file: BinaryIO) -> BinaryIO:
-    """A PNG without its metadata; any other file as it is.
+    """A PNG or a JPEG without its metadata, but with a whole EXIF, which says what is up; another file as it is.
 
-    Pillow refuses a PNG whose text or colour profile is larger than a megabyte, or has a wrong checksum.
+    In a PNG Pillow refuses text and colour profiles of over a megabyte, and a wrong checksum of any chunk; in a JPEG
+    segments that are too short.
     """
-    signature = b"\x89PNG\r\n\x1a\n"
-    if file.read(8) != signature:
+    png, jpeg = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+    kept = [file.read(2)]
+    if kept == [jpeg]:
+        while len(head := file.read(4)) == 4:
+            marker, length = struct.unpack(">HH", head)
+            if marker == 0xFFDA:  # from here on pixels
+                kept += [head, file.read()]
+                break
+            body = file.read(length - 2)
+            metadata = 0xFFE0 <= marker <= 0xFFEF or marker == 0xFFFE  # APPn, COM
+            if not metadata or marker == 0xFFE1 or body.startswith(b"Adobe") and len(body) == 12:  # EXIF; colours
+                kept += [head, body]
+    elif kept + [file.read(6)] == [png[:2], png[2:]]:
+        kept = [png]
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            body = file.read(length + 4)  # with the checksum
+            exif = kind == b"eXIf" and zlib.crc32(kind + body[:-4]).to_bytes(4, "big") == body[-4:]
+            if exif or kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+                kept += [head, body]
+            if kind == b"IEND":
+                break
+    else:
         file.seek(0)
         return file
-    kept = [signature]
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        body = file.read(length + 4)  # with the checksum
-        damaged = kind == b"eXIf" and zlib.crc32(kind + body[:-4]).to_bytes(4, "big") != body[-4:]
-        if kind in PNG_CHUNKS and not damaged:
-            kept += [head, body]
-        if kind == b"IEND":
-            break
     return io.BytesIO(b"".join(kept))
 
 
@@ -488,19 +521,20 @@ def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[pathlib.
         finally:
             socket.setdefaulttimeout(timeout)
 
+    remove_leftovers(file.parent, file.name)
     if os.path.isfile(file):
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain("no folder for it", error) from None
-    with lock(file.with_name(f".{file.name}.lock"), wait=True):
-        if not os.path.isfile(file):  # no other process has fetched it meanwhile
-            write_atomically(file, fetch_or_explain)
+        with lock(file.with_name(f".{file.name}.lock"), wait=True):
+            if not os.path.isfile(file):  # no other process has fetched it meanwhile
+                write_atomically(file, fetch_or_explain)
+    except (OSError, WriteError) as error:
+        raise explain("it cannot be kept", error) from None
 
 
 # ----------------------------------------------------------------------- generated images
-def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str) -> None:
+def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str | pathlib.Path) -> None:
     """Write `count` generated images: one uint8 array [N, H, W, C] if `out` ends in .npy, one grid if it
     ends in .png, else a PNG each in the folder `out`. sample: maps n to n new images, uint8 [n, C, H, W].
     Raises UserError: another picture's ending, a folder that is not empty or cannot be written."""

@@ -14,20 +14,19 @@ import tyro
 
 from common import UserError, expand, read_lines, reason, run, write_atomically
 
-NUMBERS = ("num_real", "num_fake", "num_is")  # of images that a score was made with
-
 
 def read_scores(folder: str, key: str) -> dict[int, tuple[float, tuple]]:
-    """Iteration -> score, and what it has of NUMBERS, of a run folder.
+    """Iteration -> score, and the numbers of images that it was made with, of a run folder.
     Raises UserError: no scores, no such `key`, a damaged file."""
     path = expand(folder) / "metrics.jsonl"
+    names = ("num_is",) if key.startswith("is_") else ("num_real", "num_fake")
     try:
-        records = read_lines(path)
+        records = [record for record in read_lines(path) if record[key] is not None]
         if not records:
-            raise UserError(f"{folder} has no scores: there is no line in its metrics.jsonl")
-        return {r["iteration"]: (float(r[key]), tuple(r.get(name) for name in NUMBERS)) for r in records}
+            raise UserError(f"{folder} has no scores: its metrics.jsonl is not there, or empty")
+        return {r["iteration"]: (float(r[key]), tuple((name, r[name]) for name in names if name in r)) for r in records}
     except KeyError as error:
-        raise UserError(f"{path} has no {error}; it has {', '.join(records[0])}") from None
+        raise UserError(f"{path} has no {error}; it has {', '.join(read_lines(path)[0])}") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
 
@@ -51,11 +50,10 @@ def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, ke
         if not equals or os.path.exists(argument):  # a folder's name may hold a = too
             name, folder = pathlib.Path(argument).resolve().name, argument
         groups.setdefault(name, []).append(read_scores(folder, key))
-    numbers = {made_with for scores in sum(groups.values(), []) for _, made_with in scores.values()}
+    numbers = {made_with for scores in sum(groups.values(), []) for _, made_with in scores.values() if made_with}
     if len(numbers) > 1:
-        found = "; ".join(str(list(made_with)) for made_with in sorted(numbers, key=str))
-        print(f"these scores were made with different numbers of images, and do not compare: {', '.join(NUMBERS)} are "
-              f"{found}", file=sys.stderr)
+        found = "; ".join(", ".join(f"{name} {n}" for name, n in made_with) for made_with in sorted(numbers))
+        print(f"scores of different numbers of images do not compare: {found}", file=sys.stderr)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel=key.upper() if key == "fid" else key)
     for name, scores in groups.items():
@@ -68,7 +66,7 @@ def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, ke
         low, high = values.min(0), values.max(0)
         axes.fill_between(iterations, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.legend()
-    write_atomically(expand(out), lambda path: figure.savefig(path, format=out.suffix[1:], dpi=150))
+    write_atomically(expand(str(out)), lambda path: figure.savefig(path, format=out.suffix[1:], dpi=150))
 
 
 if __name__ == "__main__":

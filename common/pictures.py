@@ -1,5 +1,5 @@
 """The pictures and the table of gngan_synthetic.py, of the figures, arrays (or tensors on the CPU) and words that each
-function is handed. What draws, draws into a file.
+function is handed. What draws, draws into a file. Other programs take Matplotlib's `Figure` from here.
 
 Figures are made without pyplot, so that a notebook's own plots and its choice of a backend stay as they are.
 """

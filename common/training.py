@@ -183,7 +183,7 @@ def fingerprint(images: Tensor) -> list[int]:
 
 
 class Diverged(UserError):
-    """Weights are not finite. when: the iteration in words; folder: the run's, whose checkpoint is good."""
+    """Weights are not finite. when: the iteration in words."""
 
     def __init__(self, when: str, folder: pathlib.Path):
         super().__init__(f"training diverged: weights are not finite at {when}; the last good checkpoint is "
@@ -229,7 +229,7 @@ def restore(checkpoint: dict, networks: nn.ModuleDict, optimizers: dict[str, tor
 
 def check_data(checkpoint: dict, data: list[int], data_dir: str) -> None:
     """Refuse to go on with other images than the run began with. data: their fingerprint."""
-    if checkpoint["data"] != data:
+    if checkpoint.get("data") != data:
         raise UserError(f"the images in {data_dir} are not those that the run began with: give its --data-dir, or "
                         "start a new run")
 
@@ -334,10 +334,9 @@ def restore_tensors(checkpoint: dict, state: dict) -> None:
     Raises UserError: they do not fit.
     """
     tensors = flatten(state)
-    saved = flatten({name: checkpoint[name] for name in state})
+    saved = flatten({name: checkpoint.get(name, {}) for name in state})
     for path in sorted(tensors.keys() | saved.keys()):
-        here = list(tensors[path].shape) if path in tensors else "nothing"
-        there = list(saved[path].shape) if path in saved else "nothing"
+        here, there = (list(t[path].shape) if isinstance(t.get(path), Tensor) else "nothing" for t in (tensors, saved))
         if here != there:
             raise UserError(f"the checkpoint does not fit {checkpoint['script']}.py with these flags (has one of them "
                             f"changed since?): {path} is {there} there, {here} here")

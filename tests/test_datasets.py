@@ -1,5 +1,6 @@
 """common.datasets: every data set's format, images of many kinds, damaged files, downloads that fail, caches."""
 import contextlib
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -112,8 +113,8 @@ def png_chunk(kind, body, right=True):
 
 
 def test_metadata_never_stops_a_start(tmp_path):
-    """Text and colour profiles of megabytes, as image generators write; wrong checksums; EXIF that is none, that cannot
-    be read, or that cannot be written anew. Pixels count, and are turned upright where it can be known."""
+    """Text and colour profiles of megabytes, as image generators write; wrong checksums; segments that are too short;
+    EXIF that is none, or cannot be written anew. Pixels count, and are turned upright where it can be known."""
     picture = make_data.pictures(1, 32)[0]
     upright, turned = Image.fromarray(picture), Image.fromarray(np.rot90(picture))
     text = PngImagePlugin.PngInfo()
@@ -133,9 +134,18 @@ def test_metadata_never_stops_a_start(tmp_path):
         exif += b"".join(struct.pack("<HHIi", *entry) for entry in entries) + bytes(4)
         (turned if entries else upright).save(tmp_path / name, exif=exif, quality=95)
     upright.save(tmp_path / "none.jpg", exif=b"Exif\0\0this is none", quality=95)
+    sideways = (tmp_path / "sideways.jpg").read_bytes()
+    for name, segment in (("app0", b"\xff\xe0\0\4JF"), ("app14", b"\xff\xee\0\7Adobe"),
+                          ("icc", b"\xff\xe2\0\x0eICC_PROFILE\0")):
+        (tmp_path / f"{name}.jpg").write_bytes(sideways[:2] + segment + sideways[2:])
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    turned.save(tmp_path / "turned.png")
+    turned_plain = (tmp_path / "turned.png").read_bytes()
+    (tmp_path / "turned.png").write_bytes(turned_plain[:33] + png_chunk(b"iTXt", xmp) + turned_plain[33:])
+    turned.save(tmp_path / "turned_text.png", pnginfo=text, exif=Image.open(tmp_path / "sideways.jpg").getexif())
     loaded = datasets.load("folder", tmp_path, 32).permute(0, 2, 3, 1).numpy()
     names = sorted(path.name for path in tmp_path.glob("[!.]*.*"))
-    assert len(loaded) == len(names) == 10
+    assert len(loaded) == len(names) == 15
     for name, image in zip(names, loaded):
         difference = np.abs(image.astype(int) - picture).mean()
         assert difference == 0 if name.endswith("png") else difference < 5, name
@@ -147,7 +157,7 @@ def test_run_folders_are_passed_over(tmp_path, capfd):
     for name in ("runs/x", "other/run-2"):
         make_data.image_folder(folder / name / "samples", 2)
         (folder / name / "args.json").write_text("{}")
-        (folder / name / "checkpoint.pt").write_text("")
+        (folder / name / ("checkpoint.pt" if name == "runs/x" else "generator.pt")).write_text("")
     make_data.image_folder(folder / "runs/x-rays", 1)
     (folder / "runs/x-rays/args.json").write_text("{}")
     assert len(datasets.load("folder", folder, 32)) == 4
@@ -260,7 +270,7 @@ def peak_memory():
 def test_memory_of_a_huge_image(tmp_path):
     """At most 8 bytes a pixel: Pillow's 4, and the square that is cut out before anything is converted."""
     Image.new("RGB", (8000, 5000), (200, 200, 200)).save(tmp_path / "x.png", compress_level=1)
-    results = FORK.SimpleQueue()
+    results = FORK.Queue()
 
     def load():
         before = peak_memory()
@@ -270,7 +280,7 @@ def test_memory_of_a_huge_image(tmp_path):
     process = FORK.Process(target=load)
     process.start()
     process.join()
-    assert process.exitcode == 0 and results.get() < 8 * 8000 * 5000
+    assert process.exitcode == 0 and results.get(timeout=240) < 8 * 8000 * 5000
 
 
 def test_a_large_jpeg_is_as_its_small_copy(tmp_path):
@@ -370,7 +380,7 @@ def test_two_decoders_with_one_process_id(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 7)
 
     def no_locks(descriptor, operation):
-        raise OSError(37, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     read, inner = datasets.read_image, []
@@ -463,12 +473,12 @@ def load_as_process(rank, folder, meeting, results):
 
 
 def test_two_processes_decode_once(tmp_path):
-    folder, results = make_data.image_folder(tmp_path / "photos", 4), FORK.SimpleQueue()
+    folder, results = make_data.image_folder(tmp_path / "photos", 4), FORK.Queue()
     processes = [FORK.Process(target=load_as_process, args=(rank, folder, tmp_path / "meeting", results))
                  for rank in (1, 0)]
     for process in processes:
         process.start()
-    received = sorted((results.get() for _ in processes), key=lambda r: r[0])
+    received = sorted((results.get(timeout=240) for _ in processes), key=lambda r: r[0])
     for process in processes:
         process.join()
     assert [decodings for *_, decodings in received] == [1, 0]
@@ -534,6 +544,46 @@ def test_what_cannot_be_read_in_a_folder_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot read 3 files and folders in .*gone.png \(No such file.*locked "
                                         r"\(Permission denied\).*more \(No such file"):
         datasets.load("folder", folder, 32)
+
+
+def test_files_that_come_and_go(tmp_path, monkeypatch):
+    """As those that another job, which trains in this folder, renames and removes while the images are listed."""
+    folder, walk = make_data.image_folder(tmp_path / "photos", 2), os.walk
+    make_data.image_folder(folder / "run", 1)
+
+    def walk_while_they_go(*given, **named):
+        for directory, subfolders, names in walk(*given, **named):
+            yield directory, subfolders, [*names, "checkpoint.pt.0123.tmp"]  # renamed since it was listed
+            shutil.rmtree(folder / "run", ignore_errors=True)
+
+    monkeypatch.setattr(os, "walk", walk_while_they_go)
+    assert len(datasets.load("folder", folder, 32)) == 2 and not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+def test_data_that_may_not_be_read(tmp_path, monkeypatch, name):
+    """It is said of them, not of the file that was to be written, and no other place is tried."""
+    make_data.cifar10(tmp_path)
+    archive = make_data.image_zip(tmp_path / "photos.zip", 5)
+
+    def refuse(path, *given, **named):
+        if str(path).endswith(("data_batch_2", "photos.zip")) and refusing:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *given, **named)
+
+    opened, refusing, decode = open, [], datasets.SOURCES[name]
+
+    def find(root):
+        found = decode(root)
+        refusing.append(True)
+        return found
+
+    monkeypatch.setitem(datasets.SOURCES, name, find)
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    with pytest.raises(UserError, match="cannot read the images: .*Permission denied: .*(data_batch_2|photos.zip)"):
+        datasets.load(name, archive if name == "folder" else tmp_path, 32)
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_a_zip_that_is_none(tmp_path):
@@ -688,11 +738,11 @@ def test_jobs_that_start_at_once_on_an_archive(tmp_path, monkeypatch, server, na
 
 def load_at_once(count, name, root, size):
     """What processes that begin at the same moment load."""
-    results, begin = FORK.SimpleQueue(), FORK.Barrier(count)
+    results, begin = FORK.Queue(), FORK.Barrier(count)
     processes = [FORK.Process(target=put_loaded, args=(results, begin, name, root, size)) for _ in range(count)]
     for process in processes:
         process.start()
-    loaded = [results.get() for _ in processes]
+    loaded = [results.get(timeout=240) for _ in processes]
     for process in processes:
         process.join()
     assert not any(isinstance(result, str) for result in loaded), loaded
@@ -701,7 +751,7 @@ def load_at_once(count, name, root, size):
 
 def put_loaded(results, begin, name, root, size):
     """As a process: put what is loaded, or the error in words."""
-    begin.wait()
+    begin.wait(60)
     try:
         results.put(datasets.load(name, root, size).numpy().copy())
     except BaseException as error:
@@ -718,13 +768,13 @@ def test_a_job_killed_while_it_downloads(tmp_path, monkeypatch, server):
         assert first.is_alive()
         time.sleep(0.01)
     server.pause, server.cut = 0, None
-    results = FORK.SimpleQueue()
+    results = FORK.Queue()
     second = FORK.Process(target=put_loaded, args=(results, FORK.Barrier(1), "cifar10", tmp_path / "data", 32))
     second.start()
     time.sleep(0.2)
     assert results.empty() and not (tmp_path / "data" / file).exists()
     first.kill()
-    assert np.array_equal(results.get(), images)
+    assert np.array_equal(results.get(timeout=240), images)
     second.join()
 
 
@@ -763,6 +813,19 @@ def test_a_subset_is_named(tmp_path, capfd):
     make_data.cifar10(tmp_path, batches=2)
     assert len(datasets.load("cifar10", tmp_path, 32)) == 40
     assert "a subset of CIFAR-10, data_batch_1, data_batch_2\n" in capfd.readouterr().err
+
+
+def test_no_place_for_a_download(tmp_path, monkeypatch):
+    (tmp_path / "data").touch()
+    with pytest.raises(UserError, match="cannot download CIFAR10 .*cannot be kept: .*data.*put cifar-10-python.tar.gz"):
+        datasets.cifar10(tmp_path / "data")
+
+    def refuse(file, wait):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(datasets, "lock", refuse)
+    with pytest.raises(UserError, match="cannot download CIFAR10 .*Permission denied.*put cifar-10-python.tar.gz"):
+        datasets.load("cifar10", tmp_path / "other", 32)
 
 
 def test_no_connection(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The image scripts as users run them: run folders, resuming, kills, signals, errors, scores, generated images."""
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -8,7 +9,6 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 
@@ -453,20 +453,19 @@ def test_an_output_that_is_gone(script, data, tmp_path, output):
     hang_up()
     before = checkpoint(tmp_path / "r")["iteration"]
     time.sleep(1.5)  # the progress bar is drawn twice a second
+    wait_for(lambda: checkpoint(tmp_path / "r")["iteration"] > before + 2, process)
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 130 and checkpoint(tmp_path / "r")["iteration"] > before + 2
 
 
-@each("gngan_cnn")
+@scripts.alike()
 def test_outputs_that_are_closed(script, data, tmp_path):
     """As a shell's >&- does; an error then has its status alone."""
-    given = shlex.join(map(str, arguments(data, tmp_path, "r", "--iterations", 2)))
-    for redirected, status in ((">&- 2>&-", 0), (">&-", 2)):  # the second: the folder has a run in it
-        done = subprocess.run(f"exec {sys.executable} {ROOT / script.SCRIPT}.py {given} {redirected}", shell=True,
-                              capture_output=True, text=True)
-        assert done.returncode == status and "Traceback" not in done.stderr and not done.stdout
-    assert "has a run in it" in done.stderr and checkpoint(tmp_path / "r")["iteration"] == 2
+    given = arguments(data, tmp_path, "r", "--iterations", 2, *constant(script))
+    run(script, *given, closed=True)
+    assert checkpoint(tmp_path / "r")["iteration"] == 2
+    run(script, *given, closed=True, status=2)  # the folder has a run in it
 
 
 @scripts.alike()
@@ -484,6 +483,7 @@ class OutStream(io.TextIOBase):
         return len(text)
 
 own = sys.stdout
+sys.modules["IPython"] = io
 sys.stdout = sys.stderr = stream = OutStream()
 handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
 sys.argv = [{str(ROOT / script.SCRIPT)!r} + ".py", *{given!r}]
@@ -666,15 +666,15 @@ def test_resume_errors(script, straight, data, tmp_path):
                      *(random.Random(seed).randbytes(64) for seed in range(20))):
         file.write_bytes(contents)
         refuse(script, [f"cannot read {file}: it is cut off or no checkpoint"], "--resume", file.parent)
-    for foreign in ([1], {"script": script.SCRIPT, "args": [1], "iteration": 1}):
+    for foreign in ([1], saved | {"args": [1]}, saved | {"networks": [1]}, {k: saved[k] for k in ("script", "args")}):
         torch.save(foreign, file)
         refuse(script, [f"is not a checkpoint of {script.SCRIPT}.py"], "--resume", file)
-    for name, junk in (("networks", [1]), ("optimizers", {"generator": [1]}), ("optimizers", [])):
+    for name, junk in (("networks", {}), ("optimizers", {"generator": [1]}), ("optimizers", [])):
         with pytest.raises(UserError, match="the checkpoint does not fit"):
             args, _, read = script.parse_args(["--resume", str(changed(straight, tmp_path, **{name: junk}))])
             networks = script.init_networks(args, CPU)
             training.restore(read, networks, script.init_optimizers(args, networks))
-    torch.save({"script": "another", "args": {}, "iteration": 1}, file)
+    torch.save(saved | {"script": "another"}, file)
     refuse(script, [f"is a checkpoint of another.py, not of {script.SCRIPT}.py"], "--generate", file)
     networks = {k: v for k, v in saved["networks"].items() if k != "generator_ema.linear.weight"}
     other = photos(tmp_path, seed=3)
@@ -715,6 +715,26 @@ def test_run_folders(tmp_path):
         pass
     with common.run_folder(tmp_path / "r-2", resume=True) as again:
         assert again == second
+    (tmp_path / "mine").mkdir()
+    with common.run_folder(tmp_path / "mine", False):
+        pass
+    assert (tmp_path / "mine").exists()  # it was there before
+
+
+def test_a_lock_that_its_holder_has_removed(tmp_path):
+    """It is no lock any more: another process may have made, and hold, a new one."""
+    flock = fcntl.flock
+
+    def remove_and_lock(descriptor, operation):
+        (tmp_path / ".lock").unlink()
+        return flock(descriptor, operation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", remove_and_lock)
+        with pytest.raises(BlockingIOError), common.lock(tmp_path / ".lock", wait=False):
+            pass
+    with common.lock(tmp_path / ".lock", wait=False):
+        pass
 
 
 @pytest.mark.parametrize("error,line", [(UserError("wrong"), "wrong"), (OSError(13, "Permission denied", "a"),
@@ -739,7 +759,8 @@ def test_nohup_is_respected(ignored):
     before = {number: signal.getsignal(number) for number in numbers}
     seen = []
     try:
-        signal.signal(ignored, signal.SIG_IGN)
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
         common.on_signals(seen.append)
         for number in numbers:
             os.kill(os.getpid(), number)

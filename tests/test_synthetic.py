@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import re
 import signal
 import subprocess
@@ -357,8 +358,8 @@ def test_resume_is_exact(script, tmp_path, left_alone, number):
     process.send_signal(number)
     out, err = process.communicate()
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
-    if number == signal.SIGKILL:  # and a power loss
-        metrics.write_bytes(metrics.read_bytes()[:-30])
+    if number == signal.SIGKILL:
+        metrics.write_bytes(metrics.read_bytes() + metrics.read_bytes().splitlines()[-1][:-30])  # a full disk, too
     else:
         assert f"--resume {tmp_path / 'r'}" in out and (tmp_path / "r/modes.png").exists()
     run(script, *command)
@@ -423,7 +424,8 @@ def saved(script, tmp_path):
     args = make_args(script)
     networks, optimizers, _ = start(script, args)
     torch.save({"script": script.SCRIPT, "args": vars(args), "iteration": 6250, "method": "gngan", "finished": {},
-                "networks": networks, "optimizers": optimizers}, tmp_path / "checkpoint.pt")
+                "seconds": 1.0, "losses": {}, "frames": [], "networks": networks, "optimizers": optimizers},
+               tmp_path / "checkpoint.pt")
     return tmp_path, args
 
 
@@ -574,10 +576,23 @@ def test_a_terminal_that_is_closed(script, tmp_path):
 
 
 def test_a_checkpoint_of_junk(script, tmp_path):
-    for contents in (b"junk", os.urandom(64)):
+    for contents in (b"junk", random.Random(0).randbytes(64)):
         (tmp_path / "checkpoint.pt").write_bytes(contents)
         with pytest.raises(UserError, match="cannot read .*: it is cut off or no checkpoint"):
             script.parse_args(["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize("entry,junk,words", [
+    ("networks", [1], "is not a checkpoint of"), ("networks", {}, "does not fit"), ("optimizers", [1], "does not fit"),
+    ("finished", [1], "is not a checkpoint of"), ("frames", 1, "is not a checkpoint of"),
+    ("method", "nosuch", "is not a checkpoint of"), ("method", None, "is not a checkpoint of")])
+def test_a_checkpoint_with_an_entry_of_junk(script, saved, entry, junk, words):
+    checkpoint = torch.load(saved[0] / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {entry: junk}, saved[0] / "checkpoint.pt")
+    with pytest.raises(UserError, match=words):
+        args, _, checkpoint = script.parse_args(["--resume", str(saved[0])])
+        networks, optimizers, _ = start(script, args)
+        training.restore_tensors(checkpoint, {"networks": networks, "optimizers": optimizers})
 
 
 def test_none_at_resume_is_the_default(script, saved):

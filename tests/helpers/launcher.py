@@ -6,6 +6,7 @@ import os
 import pathlib
 import resource
 import runpy
+import signal
 import socket
 import sys
 import tempfile
@@ -17,14 +18,18 @@ context.set_forkserver_preload(["torch.utils.tensorboard", "torchvision.utils", 
                                 "matplotlib.pyplot", "torch_fidelity", "launcher"])
 
 
-def main(script, arguments, folder, file_limit, environment, output):
+def main(script, arguments, folder, file_limit, environment, output, closed):
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests as a background job
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     for number, name in ((1, "out"), (2, "err")):
         descriptor = os.open(output or os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding=encoding) for n in (1, 2))
+    if closed:  # what Python makes of a shell's >&- 2>&-
+        os.closerange(1, 3)
+        sys.stdout = sys.stderr = None
     if file_limit:  # no file may grow beyond this: what a full disk does
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = [str(ROOT / script), *arguments]
@@ -37,14 +42,14 @@ def main(script, arguments, folder, file_limit, environment, output):
 
 class Process:
     """The part of subprocess.Popen's interface that the tests use. `script`: a module or its file's name; `output`: a
-    pipe's or a terminal's path, in place of the files that `read` reads."""
+    pipe's or a terminal's path, in place of the files that `read` reads; `closed`: there is none."""
 
-    def __init__(self, script, *arguments, file_limit=0, environment=None, output=None):
+    def __init__(self, script, *arguments, file_limit=0, environment=None, output=None, closed=False):
         self.folder = tempfile.TemporaryDirectory()
         arguments = [str(a) for a in arguments]
         script = script if isinstance(script, str) else f"{script.SCRIPT}.py"
         self.process = context.Process(target=main, daemon=True, args=(script, arguments, self.folder.name, file_limit,
-                                                                       environment or {}, output))
+                                                                       environment or {}, output, closed))
         self.process.start()
 
     def poll(self):
