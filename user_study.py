@@ -472,7 +472,7 @@ def draw_chart(path: pathlib.Path, rows: list[dict]) -> None:
 # ----------------------------------------------------------------------------------- main
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    check_ranges(args, {"pages": "[1, inf)", "per_method": f"[{args.pages}, inf)", "port": "[0, inf)",
+    check_ranges(args, {"pages": "[1, inf)", "per_method": f"[{args.pages}, inf)", "port": "[0, 65536)",
                         "max_participants": "[1, inf)", "zoom": "[1, inf)"})
     if args.tally:
         rows, summary = tally(args.tally)

@@ -45,7 +45,9 @@ def run(main: Callable[[], int]) -> NoReturn:
     atexit.register(gc.freeze)  # else the interpreter's exit looks through all of PyTorch once more, for two seconds
     before = {number: signal.getsignal(number) for number in SIGNALS}
     notebook = "IPython" in sys.modules  # it goes on after the program
+    received.clear()
     on_signals(lambda number: sys.exit(128 + number))
+    status = 2
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
         try:
             sys.exit(main())
@@ -53,21 +55,31 @@ def run(main: Callable[[], int]) -> NoReturn:
             error = "out of GPU memory: lower --batch-size or --width"
         except (UserError, OSError) as caught:
             error = caught
+        except Exception as caught:
+            if not received:
+                raise
+            # Ctrl-C ends a compiler, too, that this process waits for
+            error, status = f"ended by a signal: {reason(caught)}", 128 + received[0]
         finally:
             for number, handler in before.items() if notebook else ():
                 signal.signal(number, handler)
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(status)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # Ctrl-C, Slurm's two, a closed terminal
+received: list[int] = []  # those that came, in their order
 
 
 def on_signals(handle: Callable[[int], object]) -> None:
     """Call handle(number) on each of SIGNALS, but those that nohup, or a shell's background job, ignores."""
+    def note_and_handle(number: int, frame) -> None:
+        received.append(number)
+        handle(number)
+
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: handle(number))
+            signal.signal(number, note_and_handle)
 
 
 class Output:
@@ -187,15 +199,20 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object]
     """Write a file through a temporary one in the same folder, so that a crash or a full disk leaves the old one whole.
 
     `write` is handed the temporary path. A failure raises WriteError: what happened and `advice`. The temporary name is
-    random, since processes on several machines may share the folder; leftovers are removed.
+    random, since processes on several machines may share the folder; leftovers are removed. A link stays, and what it
+    leads to is written; a device such as /dev/stdout is written as it is.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    target = pathlib.Path(os.path.realpath(path))
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        remove_leftovers(path.parent, path.name)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            write(path)
+            return
+        remove_leftovers(target.parent, target.name)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise WriteError(f"cannot write {path}: {reason(error)}; {advice}a file that was there before is unchanged"
                         ) from None
@@ -231,10 +248,11 @@ def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
     It is held against processes on other machines too. The system lets go of it when the process ends, however it ends.
     Raises BlockingIOError: another process has it, and `wait` is False; OSError: no such file can be made.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # a file: NFS has no locks of folders
     try:
-        with contextlib.suppress(OSError):  # several users may share a data folder; its owner alone may do this
-            os.fchmod(descriptor, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # a file: NFS has no locks of folders
+    except PermissionError:  # another user's: enough where it is not NFS
+        descriptor = os.open(file, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -321,12 +339,12 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 
     A last line that a full disk or a power loss cut is left out. Raises UserError: another line is damaged.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = path.read_bytes().rstrip().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:  # TypeError: no record
             if number < len(lines):
                 raise UserError(f"{path} is damaged in line {number} ({reason(error)}): remove that line") from None
     return records

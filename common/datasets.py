@@ -107,7 +107,10 @@ def digest(value: object) -> str:
 
 
 def map_array(path: pathlib.Path) -> torch.Tensor:
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: the file never changes
+    array = np.load(path, mmap_mode="c")  # copy-on-write: the file never changes
+    if array.dtype != np.uint8 or array.ndim != 4:
+        raise ValueError(f"{path} holds no images")
+    return torch.from_numpy(array)
 
 
 def decode_to_file(decode: Callable, image_size: int, folder: pathlib.Path, prefix: str, key: str) -> torch.Tensor:
@@ -155,9 +158,10 @@ def image_files(path: pathlib.Path, crop: int | None = None) -> tuple[object, Ca
     packed = not os.path.isdir(path)
     entries = list_zip(path) if packed else list_folder(path)
     entries = sorted((e for e in entries if not is_hidden(e[0])), key=lambda e: e[0])
-    runs = {os.path.dirname(e[0]) for e in entries if os.path.basename(e[0]) == "args.json"} - {""}
+    runs = {os.path.dirname(e[0]) for e in entries if os.path.basename(e[0]) == "args.json"}
     runs &= {os.path.dirname(e[0]) for e in entries if ending(e[0]) == ".pt"}
-    inside = tuple(run + "/" for run in runs)  # a training that began in this folder must not see its own samples
+    # a training that began in this folder must not see its own samples
+    inside = tuple(f"{run}/" if run else f"{own}/" for run in runs for own in ("samples", "generated"))
     entries = [e for e in entries if not e[0].startswith(inside)]
     images = [e for e in entries if ending(e[0]) in EXTENSIONS]
     others = collections.Counter(ending(e[0]) for e in entries if ending(e[0]) not in EXTENSIONS)
@@ -254,7 +258,10 @@ def read_image(file: BinaryIO, crop: int | None, size: int) -> np.ndarray:
     left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
     image = image.crop((left, top, left + side, top + side))  # before the steps below, each of which copies the image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(to_bytes(np.asarray(image)))
+        values = np.asarray(image)
+        grey = to_bytes(values)
+        grey[values == image.info.get("transparency", np.nan)] = 255
+        image = Image.fromarray(grey)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -522,12 +529,12 @@ def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[pathlib.
             socket.setdefaulttimeout(timeout)
 
     remove_leftovers(file.parent, file.name)
-    if os.path.isfile(file):
+    if file.exists():
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with lock(file.with_name(f".{file.name}.lock"), wait=True):
-            if not os.path.isfile(file):  # no other process has fetched it meanwhile
+            if not file.exists():  # no other process has fetched it meanwhile
                 write_atomically(file, fetch_or_explain)
     except (OSError, WriteError) as error:
         raise explain("it cannot be kept", error) from None

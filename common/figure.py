@@ -14,12 +14,14 @@ import tyro
 
 from common import UserError, expand, read_lines, reason, run, write_atomically
 
+COMPARED = ("fid", "kid_mean", "kid_std", "precision", "recall")  # scores of real and generated images
+
 
 def read_scores(folder: str, key: str) -> dict[int, tuple[float, tuple]]:
     """Iteration -> score, and the numbers of images that it was made with, of a run folder.
     Raises UserError: no scores, no such `key`, a damaged file."""
     path = expand(folder) / "metrics.jsonl"
-    names = ("num_is",) if key.startswith("is_") else ("num_real", "num_fake")
+    names = ("num_is",) if key.startswith("is_") else ("num_real", "num_fake") if key in COMPARED else ()
     try:
         records = [record for record in read_lines(path) if record[key] is not None]
         if not records:

@@ -62,7 +62,9 @@ class Evaluator:
         cached = cache_folder() / f"inception-{num_real}-{key.hexdigest()[:16]}.f32"
         try:
             features = torch.from_numpy(np.fromfile(cached, np.float32).reshape(num_real, 2048))
-        except (OSError, ValueError):  # not there, or cut
+            if not features.isfinite().all():
+                raise ValueError
+        except (OSError, ValueError):  # not there, cut, or spoilt
             features = torch.empty(num_real, 2048)
             for start in tqdm(range(0, num_real, 100), "features of real images", dynamic_ncols=True):
                 batch = images[start : start + 100].to(self.device)

@@ -164,7 +164,9 @@ def test_run_folders_are_passed_over(tmp_path, capfd):
     assert "4 images taken; files passed over: 1 .json; run folders passed over: 2\n" in capfd.readouterr().err
     packed = shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
     assert len(datasets.load("folder", packed, 32)) == 4
-    assert len(datasets.load("folder", folder / "runs/x", 32)) == 2  # asked for by name
+    assert len(datasets.load("folder", folder / "runs/x/samples", 32)) == 2  # asked for by name
+    make_data.image_folder(folder / "runs/x/photos", 5)
+    assert len(datasets.load("folder", folder / "runs/x", 32)) == 5  # --run-dir . --run-name . among photos
 
 
 def test_a_zip_is_its_folder(tmp_path):
@@ -216,6 +218,15 @@ def test_transparency_is_composed_on_white(tmp_path):
     assert (loaded[..., :16] == 255).all()
     assert (loaded[[0, 2, 3, 4, 5], :, 0, 20] == torch.tensor([0, 0, 255])).all()
     assert (loaded[1, :, :, 16:] == 127).all()
+
+
+def test_a_transparent_grey_of_16_bits(tmp_path):
+    picture = Image.fromarray(np.repeat([[0] * 16 + [30000] * 16], 32, 0).astype(np.uint16))
+    picture.save(tmp_path / "x.png")
+    plain = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(plain[:33] + png_chunk(b"tRNS", b"\0\0") + plain[33:])
+    loaded = datasets.load("folder", tmp_path, 32)
+    assert (loaded[..., :16] == 255).all() and (loaded[..., 16:] == 117).all()
 
 
 def test_endings(tmp_path, capfd):
@@ -340,6 +351,14 @@ def test_decoded_once(tmp_path, monkeypatch):
         assert torch.equal(datasets.load("folder", archive, 32), first)
     cached[0].write_bytes(cached[0].read_bytes()[:1000])  # a cache that was cut is decoded anew
     assert torch.equal(datasets.load("folder", archive, 32), first)
+    buffer = io.BytesIO()
+    np.savez(buffer, x=np.zeros(3))
+    for junk in (b"junk", buffer.getvalue(), np.zeros((5, 3, 32, 32)), np.zeros(5, np.uint8)):
+        if isinstance(junk, bytes):
+            cached[0].write_bytes(junk)
+        else:
+            np.save(cached[0], junk)
+        assert torch.equal(datasets.load("folder", archive, 32), first)
     make_data.image_zip(archive, 6, seed=1)  # changed data too
     assert len(datasets.load("folder", archive, 32)) == 6
 
@@ -407,6 +426,43 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="cannot write .*x: .*No space left on device"):
         write_atomically(tmp_path / "x", write)
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_atomically(tmp_path / "link", lambda path: path.write_text("new"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / "pipe", lambda path: path.write_text("new"))
+    assert os.read(reader, 10) == b"new" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+def test_a_lock_file_of_another_user(tmp_path, monkeypatch):
+    archive = make_data.image_zip(tmp_path / "photos.zip", 5)
+    opened = os.open
+
+    def refuse(path, flags, *mode):
+        if str(path).endswith("lock") and flags & os.O_RDWR:  # root may write it
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert len(datasets.load("folder", archive, 32)) == 5
+    assert list(tmp_path.glob(".photos-32px-*.npy"))
+
+
+def test_leftovers_of_a_killed_download(tmp_path, monkeypatch, server):
+    """They go at the next start after a day, though another process has downloaded the file since."""
+    _, file = serve(server, monkeypatch, tmp_path, "cifar10")
+    datasets.load("cifar10", tmp_path / "data", 32)
+    leftover = tmp_path / "data" / f"{file}.{12 * '0'}.tmp"
+    leftover.touch()
+    os.utime(leftover, (time.time() - 90000,) * 2)
+    datasets.load("cifar10", tmp_path / "data", 32)
+    assert not leftover.exists()
 
 
 def test_leftovers_of_killed_processes_are_removed_after_a_day(tmp_path):

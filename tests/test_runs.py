@@ -277,10 +277,11 @@ def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
         calls = Evaluator.calls
         assert go_on(folder, good) is True and Evaluator.calls == calls + made
         assert [r["iteration"] for r in common.read_lines(metrics)] == [2, 4]
-    metrics.write_bytes(b"junk\n" + whole)
-    with pytest.raises(UserError, match=f"{metrics} is damaged in line 1 .*: remove that line"):
-        go_on(folder, good)
-    metrics.write_bytes(whole)
+    for junk in (b"junk\n", b"[1, 2]\n", b"3\n"):
+        metrics.write_bytes(junk + whole)
+        with pytest.raises(UserError, match=f"{metrics} is damaged in line 1 .*: remove that line"):
+            go_on(folder, good)
+    metrics.write_bytes(whole + b"\n\n")
     go_on(tmp_path / "straight", good)
     same_checkpoints(folder, tmp_path / "straight")
 
@@ -750,6 +751,22 @@ def test_a_program_ends_in_one_line(error, line, capsys, monkeypatch):
         common.run(main)
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith(f"x.py: error: {line}") and len(err.splitlines()) == 1
+
+
+def test_what_a_signal_breaks_ends_in_one_line(tmp_path):
+    """As Ctrl-C in a terminal ends the C++ compiler that torch.compile waits for."""
+    (tmp_path / "program.py").write_text("""
+import os, signal, common
+
+def main():
+    common.on_signals(lambda number: None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise RuntimeError("the compiler ended\\nwith 130")
+
+common.run(main)
+""")
+    _, err = run(str(tmp_path / "program.py"), status=143)
+    assert err == "program.py: error: ended by a signal: the compiler ended with 130\n"
 
 
 @pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
