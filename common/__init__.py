@@ -278,9 +278,10 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
     """
     for number in itertools.count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        problem, new = None, not place.exists()
+        problem = None
         with contextlib.ExitStack() as held:
             try:
+                new = not place.exists()
                 place.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock(place / ".lock", wait=False))
             except BlockingIOError:

@@ -111,7 +111,8 @@ def test_a_new_flag_is_one_line(script, tmp_path, capsys):
     (tmp_path / "after.py").write_text(fork)
     module = load(tmp_path / "after.py", "fork_after")
     assert module.parse_args(["--new-weight", "2"])[0].new_weight == 2
-    contents = {"script": module.SCRIPT, "iteration": 0, "optimizers": {}}
+    contents = {"script": module.SCRIPT, "iteration": 0, "seconds": 0.0, "networks": {}, "optimizers": {},
+                "method": "gngan", "finished": {}, "losses": {}, "frames": []}
     torch.save({**contents, "args": saved}, tmp_path / "old.pt")
     torch.save({**contents, "args": {**saved, "new_weight": 3.0}}, tmp_path / "new.pt")
     assert module.parse_args(["--resume", str(tmp_path / "old.pt")])[0].new_weight == 0.5

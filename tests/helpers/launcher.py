@@ -20,7 +20,8 @@ context.set_forkserver_preload(["torch.utils.tensorboard", "torchvision.utils", 
 
 def main(script, arguments, folder, file_limit, environment, output, closed):
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests as a background job
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run as a background job, or under nohup
+        signal.signal(number, signal.SIG_DFL)
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     for number, name in ((1, "out"), (2, "err")):
         descriptor = os.open(output or os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
