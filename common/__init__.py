@@ -245,7 +245,8 @@ def cache_folder() -> pathlib.Path:
 def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
     """Hold an exclusive lock on a file, which is made and stays, within the context.
 
-    It is held against processes on other machines too. The system lets go of it when the process ends, however it ends.
+    On NFS it holds between machines too. A file system may have no locks: then nobody waits. The system lets go of a
+    lock when the process ends, however it ends.
     Raises BlockingIOError: another process has it, and `wait` is False; OSError: no such file can be made.
     """
     try:
@@ -295,9 +296,10 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
                 try:
                     yield place
                 finally:
-                    if new and os.listdir(place) == [".lock"]:
-                        (place / ".lock").unlink()
-                        place.rmdir()
+                    with contextlib.suppress(OSError):
+                        if new and os.listdir(place) == [".lock"]:
+                            (place / ".lock").unlink()
+                            place.rmdir()
                 return
         if not free_name:
             raise UserError(problem)
