@@ -44,7 +44,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Call `main` as a program: its result is the exit status, an error is one line, a signal ends it with 128 + n."""
     atexit.register(gc.freeze)  # else the interpreter's exit looks through all of PyTorch once more, for two seconds
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    notebook = "IPython" in sys.modules  # it goes on after the program
+    notebook = "IPython" in sys.modules
     received.clear()
     on_signals(lambda number: sys.exit(128 + number))
     status = 2
@@ -56,13 +56,13 @@ def run(main: Callable[[], int]) -> NoReturn:
         except (UserError, OSError) as caught:
             error = caught
         except Exception as caught:
-            if not received:
+            if not (received and type(caught).__module__.startswith(("torch._dynamo", "torch._inductor"))):
                 raise
-            # Ctrl-C ends a compiler, too, that this process waits for
+            # Ctrl-C in a terminal ends the C++ compiler, too, that torch.compile waits for
             error, status = f"ended by a signal: {reason(caught)}", 128 + received[0]
         finally:
-            for number, handler in before.items() if notebook else ():
-                signal.signal(number, handler)
+            for number, handler in before.items():  # a notebook goes on; a program that hangs at its exit can be ended
+                signal.signal(number, handler if notebook or handler == signal.SIG_IGN else signal.SIG_DFL)
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(status)
 
@@ -86,7 +86,7 @@ class Output:
     """A text stream whose writes never raise.
 
     One that nobody can read any more, such as a pipe whose reader died or a closed terminal, is dropped. On a full disk
-    text is lost, and Python ends with a status of its own. A character that the stream lacks becomes a ?.
+    text is lost. A character that the stream lacks becomes a ?.
     """
 
     def __init__(self, stream: Optional[TextIO]):
@@ -200,7 +200,7 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object]
 
     `write` is handed the temporary path. A failure raises WriteError: what happened and `advice`. The temporary name is
     random, since processes on several machines may share the folder; leftovers are removed. A link stays, and what it
-    leads to is written; a device such as /dev/stdout is written as it is.
+    leads to is written; a pipe or device is written as it is.
     """
     target = pathlib.Path(os.path.realpath(path))
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -208,6 +208,8 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object]
         if path.exists() and not path.is_file() and not path.is_dir():
             write(path)
             return
+        if os.path.dirname(os.path.abspath(path)) in ("/dev", "/dev/fd"):  # /dev/stdout, say: to replace is to lose it
+            raise OSError("give the file itself")
         remove_leftovers(target.parent, target.name)
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -223,10 +225,11 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object]
 
 def remove_leftovers(folder: pathlib.Path, prefix: str) -> None:
     """Remove what processes that were killed more than a day ago left of files that begin with `prefix`."""
-    with contextlib.suppress(OSError):  # another process may have renamed one just now
+    pattern = re.compile(re.escape(prefix) + r".*\.[0-9a-f]{12}\.tmp.*")  # PyTorch's downloads add an ending
+    with contextlib.suppress(OSError):
         for file in folder.iterdir():
-            if re.fullmatch(re.escape(prefix) + r".*\.[0-9a-f]{12}\.tmp", file.name):
-                if file.stat().st_mtime < time.time() - 86400:
+            with contextlib.suppress(OSError):  # another process may have renamed it just now
+                if pattern.fullmatch(file.name) and file.stat().st_mtime < time.time() - 86400:
                     file.unlink()
 
 
@@ -251,9 +254,13 @@ def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
     """
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # a file: NFS has no locks of folders
-    except PermissionError:  # another user's: enough where it is not NFS
-        descriptor = os.open(file, os.O_RDONLY | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not file.exists():
+            raise
+        descriptor = os.open(file, os.O_RDONLY)  # another user's: enough where it is not NFS
     try:
+        with contextlib.suppress(OSError):  # several users may share a data folder; only its owner may do this
+            os.fchmod(descriptor, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -346,8 +353,11 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:  # TypeError: no record
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("no record")
+            records.append(record)
+        except ValueError as error:
             if number < len(lines):
                 raise UserError(f"{path} is damaged in line {number} ({reason(error)}): remove that line") from None
     return records

@@ -25,7 +25,7 @@ def read_scores(folder: str, key: str) -> dict[int, tuple[float, tuple]]:
     try:
         records = [record for record in read_lines(path) if record[key] is not None]
         if not records:
-            raise UserError(f"{folder} has no scores: its metrics.jsonl is not there, or empty")
+            raise UserError(f"{folder} has no scores: its metrics.jsonl is not there, or has no {key}")
         return {r["iteration"]: (float(r[key]), tuple((name, r[name]) for name in names if name in r)) for r in records}
     except KeyError as error:
         raise UserError(f"{path} has no {error}; it has {', '.join(read_lines(path)[0])}") from None
@@ -54,7 +54,7 @@ def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, ke
         groups.setdefault(name, []).append(read_scores(folder, key))
     numbers = {made_with for scores in sum(groups.values(), []) for _, made_with in scores.values() if made_with}
     if len(numbers) > 1:
-        found = "; ".join(", ".join(f"{name} {n}" for name, n in made_with) for made_with in sorted(numbers))
+        found = "; ".join(", ".join(f"{name} {n}" for name, n in made_with) for made_with in sorted(numbers, key=str))
         print(f"scores of different numbers of images do not compare: {found}", file=sys.stderr)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel=key.upper() if key == "fid" else key)

@@ -22,7 +22,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
-from torchvision.datasets import utils
 from tqdm import tqdm
 
 from common import UserError, cache_folder, expand, reason, write_atomically
@@ -213,7 +212,7 @@ def load_inception(path: pathlib.Path) -> FeatureExtractorInceptionV3:
 def download_weights() -> pathlib.Path:
     """The path of the Inception weights in PyTorch's hub folder, downloaded if they are not there yet."""
     def fetch(path: pathlib.Path) -> None:
-        utils.download_url(URL_INCEPTION_V3, path.parent, path.name)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path))
         torch.load(path, map_location="cpu", weights_only=True)  # fails if it was cut off
 
     file = expand(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]

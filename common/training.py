@@ -229,7 +229,7 @@ def restore(checkpoint: dict, networks: nn.ModuleDict, optimizers: dict[str, tor
 
 def check_data(checkpoint: dict, data: list[int], data_dir: str) -> None:
     """Refuse to go on with other images than the run began with. data: their fingerprint."""
-    began = checkpoint.get("data", ["none"])
+    began = checkpoint.get("data") or ["none"]
     if began != data:
         raise UserError(f"the images in {data_dir} ({data[0]}) are not those that the run began with ({began[0]}): "
                         "give its --data-dir, or start a new run")

@@ -8,6 +8,7 @@ import http.server
 import io
 import multiprocessing
 import os
+import pathlib
 import pickle
 import shutil
 import signal
@@ -438,6 +439,11 @@ def test_links_and_devices_stay_what_they_are(tmp_path):
     write_atomically(tmp_path / "pipe", lambda path: path.write_text("new"))
     assert os.read(reader, 10) == b"new" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+    with open(tmp_path / "log", "w") as log, pytest.raises(UserError, match="cannot write /dev/fd/.*the file itself"):
+        log.write("old")
+        log.flush()
+        write_atomically(pathlib.Path(f"/dev/fd/{log.fileno()}"), lambda path: path.write_text("new"))
+    assert (tmp_path / "log").read_text() == "old"
 
 
 def test_a_lock_file_of_another_user(tmp_path, monkeypatch):
@@ -445,10 +451,11 @@ def test_a_lock_file_of_another_user(tmp_path, monkeypatch):
     opened = os.open
 
     def refuse(path, flags, *mode):
-        if str(path).endswith("lock") and flags & os.O_RDWR:  # root may write it
+        if str(path).endswith("lock") and flags & (os.O_RDWR | os.O_CREAT):  # root may write it
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, flags, *mode)
 
+    (tmp_path / ".photos-32px-lock").touch()
     monkeypatch.setattr(os, "open", refuse)
     assert len(datasets.load("folder", archive, 32)) == 5
     assert list(tmp_path.glob(".photos-32px-*.npy"))
@@ -458,11 +465,12 @@ def test_leftovers_of_a_killed_download(tmp_path, monkeypatch, server):
     """They go at the next start after a day, though another process has downloaded the file since."""
     _, file = serve(server, monkeypatch, tmp_path, "cifar10")
     datasets.load("cifar10", tmp_path / "data", 32)
-    leftover = tmp_path / "data" / f"{file}.{12 * '0'}.tmp"
-    leftover.touch()
-    os.utime(leftover, (time.time() - 90000,) * 2)
+    leftovers = [tmp_path / "data" / f"{file}.{12 * '0'}.tmp{ending}" for ending in ("", f".{32 * '0'}.partial")]
+    for leftover in leftovers:
+        leftover.touch()
+        os.utime(leftover, (time.time() - 90000,) * 2)
     datasets.load("cifar10", tmp_path / "data", 32)
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_leftovers_of_killed_processes_are_removed_after_a_day(tmp_path):

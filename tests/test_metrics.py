@@ -251,17 +251,17 @@ def test_weights_are_downloaded_once_and_whole(tmp_path, monkeypatch, weights):
     """By jobs that start at once; a download that is cut without an error leaves no file."""
     downloads = FORK.Value("i", 0)
 
-    def fetch(url, folder, name, size=None):
+    def fetch(url, path, size=None):
         downloads.value += 1
         time.sleep(0.3)
-        pathlib.Path(folder, name).write_bytes(weights.read_bytes()[:size])
+        pathlib.Path(path).write_bytes(weights.read_bytes()[:size])
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(metrics.utils, "download_url", lambda *given: fetch(*given, 1000))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: fetch(url, path, 1000))
     with pytest.raises(UserError, match="cannot download the Inception weights .*cut off, 1,000 bytes came"):
         metrics.download_weights()
     assert not list(tmp_path.rglob("*.pth*[!k]"))
-    monkeypatch.setattr(metrics.utils, "download_url", fetch)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     downloads.value = 0
     processes = [FORK.Process(target=metrics.download_weights) for _ in range(3)]
     for process in processes:

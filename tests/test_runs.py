@@ -277,7 +277,7 @@ def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
         calls = Evaluator.calls
         assert go_on(folder, good) is True and Evaluator.calls == calls + made
         assert [r["iteration"] for r in common.read_lines(metrics)] == [2, 4]
-    for junk in (b"junk\n", b"[1, 2]\n", b"3\n"):
+    for junk in (b"junk\n", b"[1, 2]\n", b"[]\n", b"3\n"):
         metrics.write_bytes(junk + whole)
         with pytest.raises(UserError, match=f"{metrics} is damaged in line 1 .*: remove that line"):
             go_on(folder, good)
@@ -745,7 +745,7 @@ def test_a_program_ends_in_one_line(error, line, capsys, monkeypatch):
     def main():
         raise error
 
-    monkeypatch.setattr(common, "on_signals", lambda handle: None)
+    monkeypatch.setattr(common, "SIGNALS", ())
     monkeypatch.setattr(sys, "argv", ["some/path/x.py"])
     with pytest.raises(SystemExit) as end:
         common.run(main)
@@ -754,19 +754,46 @@ def test_a_program_ends_in_one_line(error, line, capsys, monkeypatch):
 
 
 def test_what_a_signal_breaks_ends_in_one_line(tmp_path):
-    """As Ctrl-C in a terminal ends the C++ compiler that torch.compile waits for."""
-    (tmp_path / "program.py").write_text("""
+    """As Ctrl-C in a terminal ends the C++ compiler that torch.compile waits for; a fault of ours shows itself."""
+    for module, status in (("torch._inductor.exc", 143), ("__main__", 1)):
+        (tmp_path / "program.py").write_text(f"""
 import os, signal, common
+
+class Broken(Exception):
+    pass
+
+Broken.__module__ = "{module}"
 
 def main():
     common.on_signals(lambda number: None)
     os.kill(os.getpid(), signal.SIGTERM)
-    raise RuntimeError("the compiler ended\\nwith 130")
+    raise Broken("the compiler ended\\nwith 130")
 
 common.run(main)
 """)
-    _, err = run(str(tmp_path / "program.py"), status=143)
-    assert err == "program.py: error: ended by a signal: the compiler ended with 130\n"
+        _, err = run(str(tmp_path / "program.py"), status=status)
+        assert ("Traceback" in err) == (status == 1)
+        assert status == 1 or err == "program.py: error: ended by a signal: the compiler ended with 130\n"
+
+
+def test_a_program_that_hangs_at_its_exit_can_be_ended(tmp_path):
+    (tmp_path / "program.py").write_text("""
+import atexit, time, common
+atexit.register(time.sleep, 60)
+
+def main():
+    common.on_signals(lambda number: None)
+    print("exit", flush=True)
+    return 0
+
+common.run(main)
+""")
+    process = Process(str(tmp_path / "program.py"))
+    wait_for(lambda: "exit" in process.read("out"), process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
