@@ -19,6 +19,7 @@ import csv
 import io
 import json
 import logging
+import math
 import pathlib
 import random
 import secrets
@@ -36,7 +37,7 @@ import waitress
 from PIL import Image
 from werkzeug.exceptions import HTTPException
 
-from common import UserError, check_ranges, datasets, expand, reason, run, write_atomically
+from common import UserError, check_ranges, datasets, expand, reason, run, training, write_atomically
 
 SCRIPT = pathlib.Path(__file__).stem
 DATASETS = {"mnist": 28, "cifar10": 32, "stl10": 48, "celeba": 64}  # height and width in the papers
@@ -58,20 +59,20 @@ class Args:
     """Where data sets are kept and downloaded to."""
     # study
     db: str = "study.db"
-    """The SQLite file of the votes. An interrupted study goes on with the same file."""
+    """The SQLite file of the votes. An interrupted study goes on with the same file and images."""
     per_method: int = 10
     """Images of each method, and real ones, that a participant sees on all pages together."""
     pages: int = 4
     """Pages that these images are spread over."""
     max_participants: int = 1000
-    """After so many have begun, nobody else can."""
+    """After so many have sent a page, nobody else can start."""
     passkey: Optional[str] = None
     """Typed in on the first page, it starts a trial run, not counted. Default: random, printed."""
     # page
     zoom: Optional[int] = None
     """Screen pixels per image pixel. Default: images are about 112 pixels wide."""
     host: str = "127.0.0.1"
-    """127.0.0.1: this machine alone; 0.0.0.0: others too, over http, which is not encrypted."""
+    """127.0.0.1: this machine alone; 0.0.0.0, or :: for IPv6: others too, over http, which is not encrypted."""
     port: int = 8000
     """The port to serve at."""
     # tally
@@ -85,7 +86,9 @@ class Args:
 
 # --------------------------------------------------------------------------------- images
 def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.ndarray:
-    """A source's images, uint8 [N, H, W, C] over a memory map, so that only those shown are read.
+    """A source's images, uint8 [N, H, W, C].
+
+    An .npy or idx3 file is read whole: another process may write it anew while the study runs.
 
     size: side in pixels that a folder, .zip, celeba and stl10 are resized to. Default: the first
     image's or the paper's. Raises UserError: a source that cannot be read, or holds no such images.
@@ -105,17 +108,17 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
         return load("folder", path, image_size=size or first_size(path))
     try:
         if path.suffix == ".npy":
-            images = np.load(path, mmap_mode="r")
+            images = np.load(path)
         else:
             magic, *shape = np.fromfile(path, dtype=">i4", count=4).tolist()
             if magic != 0x803:
                 raise ValueError("not an idx3 file")
-            images = np.memmap(path, dtype=np.uint8, mode="r", offset=16, shape=tuple(shape))
+            images = np.fromfile(path, dtype=np.uint8, count=math.prod(shape), offset=16).reshape(shape)
         if images.ndim == 3:
             images = images[..., None]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise ValueError(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 1 or 3]")
-    except (OSError, EOFError, ValueError, OverflowError) as error:  # a cut file: ValueError
+    except Exception as error:  # whatever a cut or foreign file makes NumPy raise
         raise UserError(f"cannot read {source}: {reason(error)}; "
                         f"give a folder, .zip, .npy or idx3 file, or one of {', '.join(DATASETS)}") from None
     return images
@@ -123,11 +126,12 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
 
 def first_size(path: pathlib.Path) -> int:
     """The shorter side in pixels of the first image in a folder or .zip."""
-    archive = None if path.is_dir() else zipfile.ZipFile(path)
-    for name in sorted(archive.namelist() if archive else path.rglob("*")):
-        with contextlib.suppress(Exception):  # no image, or a damaged one, which load() will name
-            return min(Image.open(archive.open(name) if archive else name).size)
-    raise UserError(f"no images in {path}")
+    images, *_ = datasets.list_images(path)
+    with zipfile.ZipFile(path) if path.is_file() else contextlib.nullcontext() as archive:
+        for name, *_ in images:
+            with contextlib.suppress(Exception):  # a damaged one, which load() will name
+                return min(Image.open(archive.open(name) if archive else path / name).size)
+    raise UserError(f"no images in {path} can be read")
 
 
 def open_sources(args: Args) -> dict[str, np.ndarray]:
@@ -168,8 +172,7 @@ def encode(image: np.ndarray) -> str:
 
 # ---------------------------------------------------------------------------------- votes
 SCHEMA = """
-PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-CREATE TABLE IF NOT EXISTS study (settings TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS study (settings TEXT NOT NULL, name TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS showings (token TEXT PRIMARY KEY, participant TEXT NOT NULL, trial INTEGER NOT NULL,
     number INTEGER NOT NULL, page TEXT NOT NULL, method TEXT NOT NULL, image INTEGER NOT NULL, fake INTEGER, sent TEXT);
 CREATE INDEX IF NOT EXISTS of_participant ON showings (participant);
@@ -190,26 +193,37 @@ def assign(counts: dict[str, int], per_method: int, pages: int) -> list[list[tup
 
 class Study:
     """The SQLite file. `start` and `submit` write a transaction each, on the disk when they return.
-    Participants, pages and showings are named by random tokens, which tell nothing of a method."""
 
-    def __init__(self, args: Args, counts: dict[str, int]):
-        self.args, self.counts = args, counts
+    Between transactions the file is whole by itself: SQLite's rollback journal keeps no votes beside it.
+    Participants, pages and showings are named by random tokens, which tell nothing of a method.
+    `name` is random, too, and tells studies on one host apart.
+    Raises UserError: not the file of a study, or of another one, which is left as it was.
+    """
+
+    def __init__(self, args: Args, images_by_method: dict[str, np.ndarray]):
+        self.args = args
+        self.counts = {method: len(images) for method, images in images_by_method.items()}
         self.lock = threading.Lock()  # of the connection; SQLite writes one transaction at a time
-        settings = json.dumps({"images": counts, "per_method": args.per_method, "pages": args.pages})
+        sources = {method: training.fingerprint(images) for method, images in images_by_method.items()}
+        settings = json.dumps({"images": sources, "per_method": args.per_method, "pages": args.pages})
         try:
             self.db = sqlite3.connect(expand(args.db), isolation_level="IMMEDIATE", check_same_thread=False)
-            self.db.executescript(SCHEMA)
-            with self.db:
-                self.db.execute("INSERT INTO study SELECT ? WHERE NOT EXISTS (SELECT * FROM study)", (settings,))
-            saved, = self.db.execute("SELECT settings FROM study").fetchone()
-        except sqlite3.Error as error:
+            new = not self.db.execute("SELECT * FROM sqlite_master").fetchall()
+            if new:
+                self.db.executescript(f"BEGIN IMMEDIATE; {SCHEMA}")
+                self.db.execute("INSERT INTO study SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM study)",
+                                (settings, secrets.token_hex(4)))
+                self.db.commit()
+            saved, self.name = self.db.execute("SELECT settings, name FROM study").fetchone()
+        except (sqlite3.Error, TypeError) as error:  # TypeError: a study without settings
             raise UserError(f"cannot keep votes in {args.db}: {error}; give another --db") from None
         if saved != settings:
-            raise UserError(f"{args.db} is of another study ({saved}, here {settings}): give another --db")
+            raise UserError(f"{args.db} is of another study, with other images, --per-method or --pages "
+                            f"({saved}, here {settings}): give another --db")
 
-    def start(self, trial: bool) -> Optional[str]:
-        """A new participant's token. None: there are enough participants."""
-        participant = secrets.token_urlsafe()
+    def start(self, participant: str, trial: bool) -> bool:
+        """Draw a new participant's pages; one that is there already keeps its own. participant: a token.
+        False, and nothing drawn: enough people have taken part."""
         layout = assign(self.counts, per_method=self.args.per_method, pages=self.args.pages)
         rows = []
         for number, showings in enumerate(layout):
@@ -217,11 +231,14 @@ class Study:
             for method, image in showings:
                 rows.append((secrets.token_urlsafe(), participant, trial, number, page, method, image))
         with self.lock, self.db as db:
-            begun, = db.execute("SELECT COUNT(DISTINCT participant) FROM showings WHERE NOT trial").fetchone()
-            if begun >= self.args.max_participants and not trial:
-                return None
-            db.executemany("INSERT INTO showings VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL)", rows)
-        return participant
+            begun = db.execute("SELECT 1 FROM showings WHERE participant = ?", (participant,)).fetchone()
+            people, = db.execute(
+                "SELECT COUNT(DISTINCT participant) FROM showings WHERE NOT trial AND fake IS NOT NULL").fetchone()
+            if people >= self.args.max_participants and not trial and not begun:
+                return False
+            if not begun:
+                db.executemany("INSERT INTO showings VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL)", rows)
+        return True
 
     def next_page(self, participant: str) -> Optional[tuple[int, str, list[tuple[str, str, int]]]]:
         """The first page not sent: number, token, (token, method, image) of each showing. None: all are sent."""
@@ -283,8 +300,9 @@ button { font: inherit; font-weight: 600; padding: .7rem 1.6rem; border: 0; bord
 </style></head><body><main class="{{ kind }}"><h1>{{ title }}</h1>{% block main %}{% endblock %}</main></body>""",
 
 "text.html": """{% extends "base.html" %}{% block main %}{% for line in lines %}<p>{{ line }}</p>{% endfor %}
-{% if start %}<form method="post" action="/start"><p><button>Start</button></p><details><summary>Trial run</summary>
-<label>Passkey (not counted) <input name="passkey" size="10"></label></details></form>{% endif %}{% endblock %}""",
+{% if start %}<form method="post"><p><button>Start</button></p><details><summary>Trial run</summary>
+<label>Passkey (not counted) <input name="passkey" size="10"></label></details>
+<input type="hidden" name="start" value="{{ start }}"></form>{% endif %}{% endblock %}""",
 
 "page.html": """{% extends "base.html" %}{% block main %}<p>Click each image that you think was made by a computer.</p>
 <div class="progress"><span id="where">Page {{ number + 1 }} of {{ pages }}</span>
@@ -301,18 +319,23 @@ d="M17 3h4v12h-4zM15 3H5L2 11v5h8l-1 6 2 1 4-7z"/></svg>fake</span></label>{% en
 
 
 def create_app(study: Study, images_by_method: dict[str, np.ndarray]) -> flask.Flask:
-    """The web pages. Images are inside their page: no address, header or delay tells the method."""
+    """The web pages, all at one address, so that a proxy may serve it at any path.
+    Images are inside their page: no address, header or delay tells the method."""
     app = flask.Flask(SCRIPT, static_folder=None)
     app.jinja_loader = jinja2.DictLoader(TEMPLATES)
     app.config["MAX_CONTENT_LENGTH"] = 2**20
     args = study.args
     width = images_by_method["real"].shape[2]
+    cookie = f"participant_{study.name}"
 
     def text(title: str, *lines: str, start: bool = False) -> str:
-        return flask.render_template("text.html", kind="text", title=title, lines=lines, start=start)
+        """A page of text. start: with the Start button, whose form names the participant that it makes: sent twice,
+        it is still one."""
+        return flask.render_template("text.html", kind="text", title=title, lines=lines,
+                                     start=secrets.token_urlsafe() if start else None)
 
     def participant() -> str:
-        return flask.request.cookies.get("participant", "")
+        return flask.request.cookies.get(cookie, "")
 
     @app.get("/")
     def show():
@@ -324,10 +347,14 @@ def create_app(study: Study, images_by_method: dict[str, np.ndarray]) -> flask.F
             return flask.render_template("page.html", title="Which images are fake?", number=number,
                                          pages=args.pages, page=page, images=images, width=width * zoom)
         trial, fakes, fakes_marked, reals, reals_marked = study.result(participant())
+        if trial is None and "started" in flask.request.args:
+            return text("Cookies are needed", "Your browser did not keep this page's cookie, which tells your answers "
+                        "from other people's. Allow cookies for this site, then start.", start=True)
         if trial is None:
             return text("Which images are fake?", "Some of the images that you will see are real, others were made by "
                         f"a computer. Mark those that you think are fake, then send the page. Pages: {args.pages}.",
-                        "Please take part once only. Your votes are stored without your name.", start=True)
+                        "Please take part once only. Your votes are stored without your name. This page needs a "
+                        "cookie.", start=True)
         right, shown = fakes_marked + reals - reals_marked, fakes + reals
         return text("Thank you", f"You were right about {right} of {shown} images ({100 * right / shown:.0f}%).",
                     f"You marked {fakes_marked} of {fakes} fake images, "
@@ -335,24 +362,28 @@ def create_app(study: Study, images_by_method: dict[str, np.ndarray]) -> flask.F
                     "This was a trial run. To take part, start again." if trial else "You can close this page.",
                     start=bool(trial))
 
-    @app.post("/start")
-    def start():
-        passkey = flask.request.form.get("passkey", "").strip()
-        if passkey not in ("", args.passkey):
-            return text("Wrong passkey", "Leave it empty to take part in the study.", start=True), 400
-        token = study.start(trial=passkey != "")
-        if token is None:
-            return text("The study is complete", "Enough people have taken part. Thank you all the same."), 403
-        response = flask.redirect("/", 303)
-        response.set_cookie("participant", token, max_age=90 * 86400, httponly=True, samesite="Lax")
-        return response
-
     @app.post("/")
     def submit():
         form = flask.request.form
+        if "start" in form:
+            return start(form["start"], form.get("passkey", "").strip())
         if not study.submit(participant(), form["page"], marked=form.getlist("fake")):
             flask.abort(400)
-        return flask.redirect("/", 303)
+        return flask.redirect("?sent", 303)
+
+    def start(token: str, passkey: str):
+        if passkey not in ("", args.passkey):
+            return text("Wrong passkey", "Leave it empty to take part in the study.", start=True), 400
+        if len(token) != len(secrets.token_urlsafe()):
+            flask.abort(400)
+        response = flask.redirect("?started", 303)
+        trial, *_ = study.result(participant())
+        if trial == 0 or study.next_page(participant()):
+            return response  # begun in another window
+        if not study.start(token, trial=passkey != ""):
+            return text("The study is complete", "Enough people have taken part. Thank you all the same."), 403
+        response.set_cookie(cookie, token, max_age=90 * 86400, httponly=True, samesite="Lax")
+        return response
 
     @app.errorhandler(HTTPException)
     def refuse(error):
@@ -379,23 +410,38 @@ def serve(app: flask.Flask, args: Args) -> None:
         server = waitress.create_server(app, host=args.host, port=args.port, threads=8)
     except (OSError, OverflowError, ValueError) as error:
         raise UserError(f"cannot serve at {args.host}:{args.port}: {reason(error)}; give another --port") from None
-    print(f"the study is at http://{args.host}:{server.effective_port}; passkey for trial runs: {args.passkey}; "
+    # localhost may be two addresses
+    listening = getattr(server, "effective_listen", None) or [(server.effective_host, server.effective_port)]
+    addresses = " and ".join(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+                             for host, port in listening)
+    print(f"the study is at {addresses}; passkey for trial runs: {args.passkey}; "
           f"table: --tally {args.db}; Ctrl-C ends it", flush=True)
     server.run()
 
 
 # ---------------------------------------------------------------------------------- tally
-def bootstrap(marked: np.ndarray, shown: np.ndarray, resamples: int = 10_000) -> np.ndarray:
-    """95% intervals of each method's share of images marked as fake, [2, M]: low, high.
+FEWEST = 10  # participants for an interval
 
-    marked, shown: numbers of images by participant and method, [P, M]. Participants are resampled,
-    not votes: the votes of one participant depend on each other.
+
+def interval(marked: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
+    """95% interval of a method's share of images marked as fake; nan twice for fewer participants than FEWEST.
+
+    marked, shown: numbers of images by participant, [P]. The votes of one participant depend on each other. So the
+    share's variance is that of a ratio of sums over participants, and Wilson's interval is taken at the number of
+    independent votes that would have it, with Student's quantile. Simulated with 10 to 50 participants whose shares
+    are beta distributed, with means from 0.05 to 0.75, it holds the true share in 94 to 97% of studies.
     """
-    people = len(marked)
-    uniform = np.full(people, 1 / people)
-    times = np.random.default_rng(0).multinomial(people, uniform, size=resamples)  # [resamples, P]
-    shares = times @ marked / (times @ shown)
-    return np.quantile(shares, [0.025, 0.975], axis=0)
+    people, votes = len(marked), shown.sum()
+    if people < FEWEST:
+        return math.nan, math.nan
+    share = marked.sum() / votes
+    variance = people / (people - 1) * ((marked - share * shown) ** 2).sum() / votes**2
+    effective = min(votes, share * (1 - share) / variance) if variance else votes
+    z, freedom = 1.96, people - 1
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)  # Cornish and Fisher
+    middle = (share + t**2 / (2 * effective)) / (1 + t**2 / effective)
+    half = t / (1 + t**2 / effective) * math.sqrt(share * (1 - share) / effective + t**2 / (4 * effective**2))
+    return max(0.0, middle - half), min(1.0, middle + half)  # past them by rounding alone
 
 
 def tally(path: str) -> tuple[list[dict], str]:
@@ -411,26 +457,31 @@ def tally(path: str) -> tuple[list[dict], str]:
             trials, unfinished = db.execute(
                 "SELECT COUNT(DISTINCT participant) FILTER (WHERE trial), "
                 "COUNT(DISTINCT page) FILTER (WHERE NOT trial AND fake IS NULL) FROM showings").fetchone()
-    except (sqlite3.Error, TypeError) as error:  # TypeError: a study without settings
-        raise UserError(f"cannot read {path}: {error}; give --tally the --db of a study") from None
+        methods = list(json.loads(settings)["images"])
+        people = sorted({participant for participant, *_ in votes})
+        marked, shown = np.zeros((2, len(methods), len(people)), int)
+        for participant, method, num_marked, num_shown in votes:
+            at = methods.index(method), people.index(participant)
+            marked[at], shown[at] = num_marked, num_shown
+    except Exception as error:  # whatever a foreign file makes SQLite, JSON or the lines above raise
+        raise UserError(f"cannot read {path}: {reason(error)}; give --tally the --db of a study") from None
     summary = f"not counted: {trials} trial runs, {unfinished} unfinished pages"
     if not votes:
         raise UserError(f"{path} has no votes yet ({summary})")
-    methods = list(json.loads(settings)["images"])
-    people = sorted({participant for participant, *_ in votes})
-    marked, shown = np.zeros((2, len(people), len(methods)), int)  # [P, M]
-    for participant, method, num_marked, num_shown in votes:
-        at = people.index(participant), methods.index(method)
-        marked[at], shown[at] = num_marked, num_shown
-    share = marked.sum(0) / shown.sum(0)
-    low, high = bootstrap(marked, shown)
-    rows = [{"method": method, "share": share[m], "low": low[m], "high": high[m],
-             "participants": len(people), "votes": shown[:, m].sum()} for m, method in enumerate(methods)]
+    rows = []
+    for method, num_marked, num_shown in zip(methods, marked, shown):
+        rows.append({"method": method, "participants": len(people), "votes": num_shown.sum()})
+        if num_shown.any():
+            low, high = interval(num_marked, num_shown)
+            figures = {"share": num_marked.sum() / num_shown.sum(), "low": low, "high": high}
+            rows[-1] |= {name: value for name, value in figures.items() if not math.isnan(value)}
     rows += [{"method": method} for method in PAPER if method not in methods]
     for row in rows:
         if row["method"] in PAPER:
             mnist, celeba = PAPER[row["method"]]
             row["paper_mnist"], row["paper_celeba"] = mnist / 100, celeba / 100
+    if len(people) < FEWEST:
+        summary += f"; no intervals below {FEWEST} participants"
     return rows, f"{len(people)} participants, {shown.sum():,} votes; {summary}"
 
 
@@ -458,13 +509,14 @@ def draw_chart(path: pathlib.Path, rows: list[dict]) -> None:
     from common.pictures import Figure  # Matplotlib, which takes a second
     studied = [row for row in rows if "share" in row]
     methods = [row["method"] for row in studied]
-    percent = np.array([[row["share"], row["low"], row["high"]] for row in studied]) * 100
+    nan = math.nan  # where there is no interval
+    percent = np.array([[row["share"], row.get("low", nan), row.get("high", nan)] for row in studied]) * 100
     share, low, high = percent.T
     figure = Figure(figsize=(1.5 + 1.1 * len(studied), 3.6), layout="constrained")
     axes = figure.subplots()
     axes.bar(methods, share, width=0.6, yerr=(share - low, high - share), capsize=5, color="#7aa3dc")
-    axes.set(ylabel="images taken for fake (%)",
-             title=f"{studied[0]['participants']} participants, 95% intervals")
+    axes.set(ylabel="images taken for fake (%)", title=f"{studied[0]['participants']} participants"
+             + (", 95% intervals" if np.isfinite(low).any() else ""))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=150)
 
@@ -474,6 +526,8 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     check_ranges(args, {"pages": "[1, inf)", "per_method": f"[{args.pages}, inf)", "port": "[0, 65536)",
                         "max_participants": "[1, inf)", "zoom": "[1, inf)"})
+    if args.chart and not args.chart.lower().endswith(".png"):
+        raise UserError(f"--chart {args.chart}: its name ends in .png")
     if args.tally:
         rows, summary = tally(args.tally)
         print(f"{table(rows)}\n{summary}")
@@ -484,8 +538,7 @@ def main() -> int:
         return 0
     images_by_method = open_sources(args)
     args.passkey = args.passkey or secrets.token_hex(3).upper()
-    study = Study(args, {method: len(images) for method, images in images_by_method.items()})
-    serve(create_app(study, images_by_method), args)
+    serve(create_app(Study(args, images_by_method), images_by_method), args)
     return 0
 
 

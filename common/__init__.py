@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import errno
 import fcntl
 import gc
@@ -24,6 +25,7 @@ from typing import Callable, Iterator, NoReturn, Optional, TextIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 
 
@@ -56,15 +58,39 @@ def run(main: Callable[[], int]) -> NoReturn:
         except (UserError, OSError) as caught:
             error = caught
         except Exception as caught:
-            if not (received and type(caught).__module__.startswith(("torch._dynamo", "torch._inductor"))):
+            error = caught
+            if received and type(caught).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                # Ctrl-C in a terminal ends the C++ compiler, too, that torch.compile waits for
+                error, status = f"ended by a signal: {reason(caught)}", 128 + received[0]
+            elif peers and (isinstance(caught, dist.DistError) or "gloo" in str(caught)):
+                error = f"another of torchrun's processes has ended: {reason(caught)}"
+            elif reports():
                 raise
-            # Ctrl-C in a terminal ends the C++ compiler, too, that torch.compile waits for
-            error, status = f"ended by a signal: {reason(caught)}", 128 + received[0]
         finally:
             for number, handler in before.items():  # a notebook goes on; a program that hangs at its exit can be ended
                 signal.signal(number, handler if notebook or handler == signal.SIG_IGN else signal.SIG_DFL)
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        if reports():
+            print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(status)
+
+
+def reports() -> bool:
+    """Whether this process is the one that prints its error: without torchrun, always.
+
+    Of torchrun's processes it is the first that fails. Others have the same error, or fail because it has ended.
+    """
+    if not peers and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True  # nobody keeps a store yet
+    try:
+        if not peers:  # a store that torchrun itself keeps
+            peers.append(next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=10)))[0])
+        rank = os.environ["RANK"]
+        return peers[0].compare_set("failed", "", rank) == rank.encode()
+    except dist.DistError:  # who kept the store has ended
+        return False
+
+
+peers: list[dist.Store] = []  # what torchrun's processes share; see training.join
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # Ctrl-C, Slurm's two, a closed terminal
@@ -127,7 +153,13 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
 
     Raises UserError: two of these three flags, a checkpoint that is missing, damaged or of other flags.
     """
-    args = tyro.cli(cls, args=argv, description=description)
+    def read(**default) -> object:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            return tyro.cli(cls, args=argv, description=description, **default)
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            return tyro.cli(cls, args=argv, **default)  # of torchrun's processes on a machine one prints tyro's message
+
+    args = read()
     paths = [getattr(args, name, None) for name in ("resume", "evaluate", "generate")]
     paths = [path for path in paths if path is not None]  # an empty path is refused below
     if len(paths) > 1:
@@ -149,7 +181,7 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
                         f"{script}.py that wrote it")
     if args.resume and "optimizers" not in checkpoint:
         raise UserError(f"{file} holds G alone: give --resume the run folder or its checkpoint.pt")
-    args = tyro.cli(cls, args=argv, default=cls(**saved), description=description)
+    args = read(default=cls(**saved))
     for name in {"run_dir", "run_name"} & saved.keys():
         setattr(args, name, saved[name])  # the run stays where it is
     for name, value in vars(args).items():
@@ -245,12 +277,12 @@ def cache_folder() -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
+def lock(file: pathlib.Path, wait: float) -> Iterator[None]:
     """Hold an exclusive lock on a file, which is made and stays, within the context.
 
     On NFS it holds between machines too. A file system may have no locks: then nobody waits. The system lets go of a
     lock when the process ends, however it ends.
-    Raises BlockingIOError: another process has it, and `wait` is False; OSError: no such file can be made.
+    Raises BlockingIOError: another process has it for `wait` seconds from now; OSError: no such file can be made.
     """
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # a file: NFS has no locks of folders
@@ -261,15 +293,20 @@ def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # several users may share a data folder; only its owner may do this
             os.fchmod(descriptor, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            print(f"waiting for another process, which has {file}", file=sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
+        began = None
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if began is None and wait:
+                    print(f"waiting for another process, which has {file}", file=sys.stderr)
+                began = began or time.monotonic()
+                if time.monotonic() >= began + wait:
+                    raise
+                time.sleep(0.1)
+            except OSError:
+                break  # a file system without locks
         if not wait and not (file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file))):
             raise BlockingIOError  # who had it has removed it
         yield
@@ -277,11 +314,15 @@ def lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
+TAKEOVER = 60.0  # seconds that a run which goes on waits for the process that still has its folder
+
+
 @contextlib.contextmanager
 def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> Iterator[pathlib.Path]:
     """A run folder that no other process trains in until this context ends. One that is made and left empty is removed.
 
-    resume: go on in it. Otherwise it must not hold a run's checkpoint.pt or results.json; free_name: then, or if
+    resume: go on in it; a scheduler's job may begin again before its process of before has ended, which is waited for.
+    Otherwise it must not hold a run's checkpoint.pt or results.json; free_name: then, or if
     another process has it, take its name with -2, -3, ... instead.
     """
     for number in itertools.count(1):
@@ -291,7 +332,7 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
             try:
                 new = not place.exists()
                 place.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock(place / ".lock", wait=False))
+                held.enter_context(lock(place / ".lock", wait=TAKEOVER if resume else 0))
             except BlockingIOError:
                 problem = f"another process is training in {place}"
             except OSError as error:

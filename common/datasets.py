@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import math
 import os
 import pathlib
 import pickle
@@ -24,6 +25,7 @@ import socket
 import struct
 import sys
 import tarfile
+import tempfile
 import threading
 import urllib.error
 import zipfile
@@ -136,7 +138,7 @@ def decode_to_file(decode: Callable, image_size: int, folder: pathlib.Path, pref
     path = folder / f"{prefix}{key}.npy"
     advice = "make room for the decoded images, or set XDG_CACHE_HOME"
     remove_leftovers(folder, prefix)
-    with lock(folder / f"{prefix}lock", wait=True):
+    with lock(folder / f"{prefix}lock", wait=math.inf):
         with contextlib.suppress(Exception):
             return map_array(path)
         write_atomically(path, write, f"{advice}; ")
@@ -151,22 +153,10 @@ def decode_to_file(decode: Callable, image_size: int, folder: pathlib.Path, pref
 # A data set is a function of `root` that finds or downloads its files. It returns what identifies their
 # contents, and decode(image_size, allocate), which fills the uint8 array that allocate(N, C, H, W) makes.
 def image_files(path: pathlib.Path, crop: int | None = None) -> tuple[object, Callable]:
-    """The images in a directory (recursively) or a .zip, in the order of their names, but those in run folders.
+    """The images in a directory (recursively) or a .zip.
     crop: the central square's side in pixels before resizing; None: the largest that fits."""
-    if not os.path.exists(path):
-        raise UserError(f"no such folder or file: {path}; give --data-dir a directory or a .zip of images")
-    packed = not os.path.isdir(path)
-    entries = list_zip(path) if packed else list_folder(path)
-    entries = sorted((e for e in entries if not is_hidden(e[0])), key=lambda e: e[0])
-    runs = {os.path.dirname(e[0]) for e in entries if os.path.basename(e[0]) == "args.json"}
-    runs &= {os.path.dirname(e[0]) for e in entries if ending(e[0]) == ".pt"}
-    # a training that began in this folder must not see its own samples
-    inside = tuple(f"{run}/" if run else f"{own}/" for run in runs for own in ("samples", "generated"))
-    entries = [e for e in entries if not e[0].startswith(inside)]
-    images = [e for e in entries if ending(e[0]) in EXTENSIONS]
-    others = collections.Counter(ending(e[0]) for e in entries if ending(e[0]) not in EXTENSIONS)
-    if not images:
-        raise UserError(f"no images in {path} (looked for {', '.join(sorted(EXTENSIONS))})")
+    images, others, runs = list_images(path)
+    packed = os.path.isfile(path)
 
     def decode(image_size: int, allocate: Callable[..., np.ndarray]) -> None:
         out = allocate(len(images), 3, image_size, image_size)
@@ -181,9 +171,27 @@ def image_files(path: pathlib.Path, crop: int | None = None) -> tuple[object, Ca
             raise unreadable(f"of {len(images)} images in {path}", [(images[i][0], why) for i, why in failures])
         counts = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items())) or "none"
         print(f"{path}: {len(images)} images taken; files passed over: {counts}"
-              + (f"; run folders passed over: {len(runs)}" if runs else ""), file=sys.stderr)
+              + (f"; run folders passed over: {runs}" if runs else ""), file=sys.stderr)
 
     return (crop, [(name, stamp) for name, stamp, _ in images]), decode
+
+
+def list_images(path: pathlib.Path) -> tuple[list[tuple], collections.Counter, int]:
+    """What `list_zip` or `list_folder` has of images, by name; the other files' endings; how many run folders were
+    passed over. Hidden files are left out. Raises UserError: no images."""
+    if not os.path.exists(path):
+        raise UserError(f"no such folder or file: {path}; give --data-dir a directory or a .zip of images")
+    entries = list_folder(path) if os.path.isdir(path) else list_zip(path)
+    entries = sorted((e for e in entries if not is_hidden(e[0])), key=lambda e: e[0])
+    runs = {os.path.dirname(e[0]) for e in entries if os.path.basename(e[0]) == "args.json"}
+    runs &= {os.path.dirname(e[0]) for e in entries if ending(e[0]) == ".pt"}
+    # a training that began in this folder must not see its own samples
+    inside = tuple(f"{run}/" if run else f"{own}/" for run in runs for own in ("samples", "generated"))
+    entries = [e for e in entries if not e[0].startswith(inside)]
+    images = [e for e in entries if ending(e[0]) in EXTENSIONS]
+    if not images:
+        raise UserError(f"no images in {path} (looked for {', '.join(sorted(EXTENSIONS))})")
+    return images, collections.Counter(ending(e[0]) for e in entries if ending(e[0]) not in EXTENSIONS), len(runs)
 
 
 def list_zip(path: pathlib.Path) -> list[tuple[str, int, zipfile.ZipInfo]]:
@@ -533,7 +541,7 @@ def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[pathlib.
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with lock(file.with_name(f".{file.name}.lock"), wait=True):
+        with lock(file.with_name(f".{file.name}.lock"), wait=math.inf):
             if not file.exists():  # no other process has fetched it meanwhile
                 write_atomically(file, fetch_or_explain)
     except (OSError, WriteError) as error:
@@ -549,10 +557,20 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str | p
     one_file = path.suffix in (".npy", ".png")
     if not one_file and path.suffix.lower() in Image.registered_extensions():
         raise UserError(f"--out {out}: a grid's name ends in .png")
+
+    def write(temporary: pathlib.Path) -> None:
+        with open(temporary, "wb") as file:
+            if path.suffix == ".npy":
+                np.save(file, torch.cat(images).permute(0, 2, 3, 1).numpy())
+            else:
+                to_picture(make_grid(torch.cat(images), nrow=max(1, round(count**0.5)))).save(file, "PNG")
+
     try:
         (path.parent if one_file else path).mkdir(parents=True, exist_ok=True)
+        if one_file and path.is_dir():
+            raise UserError(f"--out {out} is a folder: choose another name")
         if one_file:
-            open(path, "ab").close()  # a file that cannot be written is an error before the work
+            tempfile.TemporaryFile(dir=path.parent).close()  # a folder closed to us is an error before the work
         elif any(path.iterdir()):
             raise UserError(f"{path} is not empty: choose another --out")
         images = []
@@ -563,12 +581,10 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str | p
             else:
                 for i, image in enumerate(batch, start):
                     to_picture(image).save(path / f"{i:06d}.png")
-        if path.suffix == ".npy":
-            np.save(path, torch.cat(images).permute(0, 2, 3, 1).numpy())
-        elif one_file:
-            to_picture(make_grid(torch.cat(images), nrow=max(1, round(count**0.5)))).save(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}; choose another --out") from None
+    if one_file:
+        write_atomically(path, write)  # a process that reads or has mapped an earlier file keeps that one
     print(f"{count} images in {path}")
 
 

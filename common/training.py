@@ -8,6 +8,7 @@ import datetime
 import functools
 import os
 import pathlib
+import signal
 import sys
 import time
 import zlib
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import common
 from common import UserError, expand, quote, read_lines, reason, run_folder, write_atomically
 
 TrainStep = Callable[[Tensor], dict[str, Tensor]]  # uint8 images [B, C, H, W] -> losses and watched values, scalars
@@ -26,23 +28,32 @@ TrainStep = Callable[[Tensor], dict[str, Tensor]]  # uint8 images [B, C, H, W] -
 
 # ------------------------------------------------------------------------------------------------------- device
 def choose_device(name: str, tf32: bool, deterministic: bool) -> torch.device:
-    """The device, with PyTorch's switches set. Under torchrun each process joins the others and takes its own GPU."""
+    """The device, with PyTorch's switches set. Under torchrun each process joins the others and takes its own GPU.
+    Raises UserError: no such device, fewer GPUs than processes, processes that do not come."""
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]) if torchrun else 1, torch.cuda.device_count()
+        if started > gpus:
+            raise UserError(f"torchrun started {started} processes on this machine, which has {gpus} GPUs: lower "
+                            "--nproc-per-node")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torchrun else 0)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():  # set by torchrun
-        # two backends: a flag from the host must not wait for the device; data sets may take hours to decode
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=1))
-        atexit.register(dist.destroy_process_group)
-        dist.barrier()  # all have read the checkpoint before one writes
+    if torchrun and not dist.is_initialized():
+        # two backends: a flag from the host must not wait for the device
+        join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    for tasks, number in (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+                          ("WORLD_SIZE", "RANK")):
+        if not torchrun and int(os.environ.get(tasks, 1)) > 1 and os.environ.get(number) == "0":
+            print(f"{os.environ[tasks]} processes were started without torchrun: each trains a run of its own; one run "
+                  "on several GPUs needs torchrun", file=sys.stderr)
+            break
     return device
 
 
@@ -78,6 +89,40 @@ def autocast(forward: Callable) -> Callable:
 
 
 # ----------------------------------------------------------------------------------------- torchrun's processes
+JOINING = datetime.timedelta(minutes=5)  # for all to come
+
+
+def join(backend: str) -> None:
+    """Wait for all of torchrun's processes. Raises UserError: some do not come.
+
+    A process that waits for others here is in C++, where Python hears no signal: so until all have joined, a signal
+    ends it at once. Later they wait for each other as long as a data set may take to decode.
+    """
+    handlers = {number: signal.getsignal(number) for number in common.SIGNALS}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        store, rank, processes = next(dist.rendezvous("env://", timeout=JOINING))
+        store.set(f"joined {rank}", "")
+        end = time.monotonic() + JOINING.seconds
+        while not store.check([f"joined {other}" for other in range(processes)]):
+            if time.monotonic() > end:
+                raise dist.DistError(f"rank {rank} is here")
+            time.sleep(0.1)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes,
+                                timeout=datetime.timedelta(days=1))
+        dist.barrier()  # all have read the checkpoint before one writes
+    except dist.DistError as error:
+        raise UserError(f"not all of torchrun's {os.environ['WORLD_SIZE']} processes have come within "
+                        f"{JOINING.seconds} seconds: {reason(error)}") from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    common.peers[:] = [store]
+    atexit.register(dist.destroy_process_group)
+
+
 def world() -> tuple[int, int]:
     """This process's rank and how many processes torchrun started; (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -177,9 +222,9 @@ class GraphedStep:
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
-def fingerprint(images: Tensor) -> list[int]:
+def fingerprint(images: Tensor | np.ndarray) -> list[int]:
     """The number of images and a checksum of about a thousand of them, to know a data set again."""
-    return [len(images), zlib.crc32(images[:: max(1, len(images) // 1000)].numpy().tobytes())]
+    return [len(images), zlib.crc32(np.ascontiguousarray(images[:: max(1, len(images) // 1000)]))]
 
 
 class Diverged(UserError):
@@ -258,10 +303,19 @@ def open_run(args, file: Optional[pathlib.Path], default_name: str) -> contextli
 def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional[dict]) -> None:
     """Refuse what does not go with the images or the checkpoint; switch off, with a line, what does not work here.
 
-    Refused: fewer images than a mini-batch has; fewer iterations than the checkpoint has or, where the learning rate
-    follows a schedule, others than it was begun for.
+    Refused: processes of torchrun that differ; fewer images than a mini-batch has; fewer iterations than the checkpoint
+    has or, where the learning rate follows a schedule, others than it was begun for.
     """
     rank, processes = world()
+    if processes > 1:
+        settings = {name: value for name, value in vars(args).items() if name not in ("data_dir", "inception_weights")}
+        begin = (settings, fingerprint(images), checkpoint and checkpoint["iteration"])
+        number = zlib.crc32(repr(begin).encode())
+        extremes = torch.tensor([number, -number])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        if extremes.sum() != 0:
+            raise UserError("torchrun's processes have different flags, images or checkpoints: give all the same, "
+                            "and the run folder on a file system that they share")
     if checkpoint is not None:
         planned, done = checkpoint["args"]["iterations"], checkpoint["iteration"]
         if getattr(args, "lr_schedule", "constant") != "constant" and args.iterations != planned:

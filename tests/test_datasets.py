@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import mmap
 import multiprocessing
 import os
 import pathlib
@@ -909,3 +910,28 @@ def test_celeba_without_network(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="CelebA .*Too many users.*img_align_celeba.zip by hand") as error:
             datasets.load("celeba", tmp_path, 64)
         assert ("pip install gdown" in str(error.value)) == (not installed) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------- generated images
+@pytest.mark.parametrize("name", ["x.npy", "x.png"])
+def test_a_generated_file_is_whole_or_not_there(tmp_path, name):
+    """What is being written lies beside it; who has mapped the file that it replaces goes on reading that."""
+    file = tmp_path / name
+
+    def sample(n):
+        assert file.exists() == again and (not again or file.read_bytes() == before)
+        return torch.full((n, 3, 8, 8), 7 if again else 3, dtype=torch.uint8)
+
+    again = False
+    datasets.write_images(sample, 5, file)
+    before, again = file.read_bytes(), True
+    with open(file, "rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    datasets.write_images(sample, 3, file)
+    assert mapped[:] == before != file.read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        datasets.write_images(lambda n: 1 // 0, 3, file)
+    with pytest.raises(UserError, match="is a folder"):
+        (tmp_path / f"a_{name}").mkdir()
+        datasets.write_images(sample, 3, tmp_path / f"a_{name}")
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"a_{name}"}

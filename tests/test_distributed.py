@@ -1,10 +1,13 @@
 """The image scripts under torchrun, on the CPU with gloo: two and three processes."""
+import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import make_data
 import pytest
@@ -15,6 +18,7 @@ from scripts import each, each_case, model
 from steps import vector
 
 import common
+from common import UserError, training
 
 TINY = {"width": 1 / 32, "latent_dim": 8, "batch_size": 12}
 
@@ -115,31 +119,163 @@ def test_a_signal_to_one_ends_all(script, data, tmp_path):
     assert "go on with --resume" in processes[0].read("out") and not processes[1].read("out")
 
 
+@contextlib.contextmanager
+def torchrun(*command):
+    """torchrun itself, and two processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen([*start, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def children(process):
+    return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 @each("gngan_cnn")
 def test_one_that_dies_ends_all(script, data, tmp_path):
     """torchrun itself: it stops the others and reports; the last checkpoint is good."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               f"{script.SCRIPT}.py", *map(str, arguments(data, tmp_path, "r", "--iterations", 100000,
-                                                          "--checkpoint-every", 1))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
+    with torchrun(f"{script.SCRIPT}.py", *arguments(data, tmp_path, "r", "--iterations", 100000, "--checkpoint-every",
+                                                    1)) as process:
         wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists() and checkpoint(tmp_path / "r")["iteration"], process)
-        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
+        os.kill(children(process)[-1], signal.SIGKILL)
         _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
     assert process.returncode == 1 and "Signal 9 (SIGKILL)" in err
     assert common.read_checkpoint(tmp_path / "r", script.SCRIPT)[1]["iteration"] > 0
 
 
+@each("gngan_cnn")
+def test_slurms_signal(script, data, tmp_path):
+    """README's option makes torchrun pass SIGUSR1 on: everything is saved."""
+    option = re.search(r"--signals-to-handle\s[A-Z1,]+", (ROOT / "README.md").read_text())[0]
+    with torchrun(*option.split(), f"{script.SCRIPT}.py", *arguments(data, tmp_path, "r", "--iterations", 100000)
+                  ) as process:
+        wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), process)
+        process.send_signal(signal.SIGUSR1)
+        out, _ = process.communicate(timeout=120)
+    assert "go on with --resume" in out
+    run(script, "--resume", tmp_path / "r", "--iterations", checkpoint(tmp_path / "r")["iteration"] + 1)
+
+
+# ------------------------------------------------------------------------------------ errors that several processes see
+@pytest.mark.parametrize("rank, number", [(0, signal.SIGTERM), (1, signal.SIGINT), (1, signal.SIGUSR1)])
+@each("gngan_cnn")
+def test_a_signal_while_joining(script, data, tmp_path, rank, number):
+    """A process whose peers have not come yet ends at once."""
+    process, = start_together(2, script, *arguments(data, tmp_path, "r"), present=[rank])
+    wait_for(lambda: process.store.num_keys(), process)  # it has come
+    time.sleep(1)
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == -number and not (tmp_path / "r").exists()
+
+
+def program(folder, body):
+    """A program that joins its peers; `rank` is its number."""
+    file = folder / "program.py"
+    file.write_text(f"""
+import datetime
+import common
+from common import training
+
+def main():
+    training.JOINING = datetime.timedelta(seconds=3)
+    training.choose_device("cpu", tf32=False, deterministic=False)
+    rank, _ = training.world()
+    {body}
+    return 0
+
+common.run(main)
+""")
+    return str(file)
+
+
+def test_peers_that_do_not_come(tmp_path):
+    process, = start_together(2, program(tmp_path, "pass"), present=[0])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and len(err.splitlines()) == 1
+    assert err.startswith("program.py: error: not all of torchrun's 2 processes have come within 3 seconds")
+
+
+def test_a_fault_of_one(tmp_path):
+    """One traceback, of the fault itself; or a line where a process has ended without a word."""
+    processes = start_together(2, program(tmp_path, "1 // (1 - rank); training.average([common.torch.ones(2)])"))
+    errors = [process.communicate()[1] for process in processes]
+    assert processes[1].returncode == 1 and "ZeroDivisionError" in errors[1] and not errors[0]
+    processes = start_together(2, program(tmp_path, "rank and os.kill(os.getpid(), 9); training.average("
+                                                    "[common.torch.ones(2)])".replace("os.", "common.os.")))
+    errors = [process.communicate()[1] for process in processes]
+    assert re.fullmatch("program.py: error: another of torchrun's processes has ended: .*\n", errors[0])
+    assert processes[0].returncode == 2 and processes[1].returncode == -9
+
+
+@pytest.mark.parametrize("own, message", [
+    (["--data-dir", "absent"], "no such folder or file: absent"), (["--batch-size", 10], "have different flags"),
+    (["--seed", -1], "--seed is -1")])
+@each("gngan_cnn")
+def test_an_error_of_one(script, data, tmp_path, own, message):
+    """The last process alone fails, after or before all have joined: its line is the only one."""
+    processes = start_together(2, script, *arguments(data, tmp_path, "r"), own=own)
+    if own[0] == "--seed":
+        processes[1].communicate()
+        processes[0].send_signal(signal.SIGTERM)  # as torchrun does then
+    errors = [process.communicate()[1] for process in processes]
+    assert "Traceback" not in "".join(errors)
+    line, = (line for line in "".join(errors).splitlines() if "error:" in line)
+    assert message in line and processes[1].returncode == 2 and processes[0].returncode != 0
+
+
+@each("gngan_cnn")
+def test_an_error_of_the_first(script, data, tmp_path):
+    """It cannot read the images, or write, while the others wait."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(b"no picture")
+    for message, source, limit in (("a.png", tmp_path / "photos", 0), ("cannot write", data, 50_000)):
+        processes = start_together(2, script, *arguments(source, tmp_path, "r"), file_limit=limit)
+        err = "\n".join(finish(processes, 2))
+        line, = (line for line in err.splitlines() if "error:" in line)
+        assert message in line and "Traceback" not in err
+
+
 @each()
-def test_a_mini_batch_that_does_not_divide(script, data, tmp_path):
-    processes = start_together(3, script, *arguments(data, tmp_path, "r"))
-    for err in finish(processes, 2):
-        assert err.startswith(f"{script.SCRIPT}.py: error: --batch-size 8 must be divisible by 3 processes")
-        assert len(err.splitlines()) == 1
-    assert not (tmp_path / "r").exists()
+def test_an_error_of_all(script, data, tmp_path):
+    """A wrong command, and one that cannot be split: one process of them says so."""
+    for flags, message in ((["--iterations", "x"], "Error parsing --iterations"), (["--seed", -1], "--seed is -1"),
+                           (["--batch-size", 8], "--batch-size 8 must be divisible by 3 processes")):
+        err = "".join(finish(start_together(3, script, *arguments(data, tmp_path, "r"), *flags), 2))
+        assert err.count(message) == 1 and "Traceback" not in err and not (tmp_path / "r").exists()
+
+
+@each("gngan_synthetic")
+def test_one_process_alone(script, tmp_path):
+    """What trains in one process does not train twice."""
+    err = "".join(finish(start_together(2, script, "--run-dir", tmp_path, "--epochs", 1), 2))
+    assert err.count("leave torchrun out") == 1 and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variables", [("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+                                       ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("WORLD_SIZE", "RANK")])
+@each("gngan_cnn", "gngan_synthetic")
+def test_processes_without_torchrun(script, variables, monkeypatch, capsys):
+    """`srun -n 2 python SCRIPT` trains two runs: a line says so, once."""
+    for count, number, told in ((2, 0, True), (2, 1, False), (1, 0, False)):
+        for name, value in zip(variables, (count, number)):
+            monkeypatch.setenv(name, str(value))
+        training.choose_device("cpu", tf32=False, deterministic=False)
+        err = capsys.readouterr().err
+        assert ("torchrun" in err) == told == (err.count("\n") == 1)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="3 processes on this machine, which has 2 GPUs: lower --nproc-per-node"):
+        training.choose_device("auto", tf32=False, deterministic=False)
 
 
 @each("gngan_cnn")
@@ -150,3 +286,13 @@ def test_scores(script, tmp_path):
                                                 2, "--num-fake", 10, "--inception-weights", weights)))
     line, = common.read_lines(tmp_path / "r/metrics.jsonl")
     assert line["iteration"] == 2 and line["fid"] > 0
+
+
+@each("gngan_cnn")
+def test_evaluate_by_another_number(script, tmp_path):
+    """--evaluate takes no mini-batch: the saved --batch-size need not be divisible by its processes."""
+    weights = make_data.inception_weights(tmp_path / "inception.pth")
+    run(script, *arguments(photos(tmp_path, 12), tmp_path, "r", "--iterations", 1, "--num-fake", 10))
+    processes = start_together(3, script, "--evaluate", tmp_path / "r", "--inception-weights", weights)
+    finish(processes)
+    assert [process.read("out").count('"fid"') for process in processes] == [1, 0, 0]

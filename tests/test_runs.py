@@ -393,17 +393,32 @@ def test_two_runs_of_one_name(script, data, tmp_path):
     first = Process(script, *given)
     wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), first)
     busy = f"another process is training in {tmp_path / 'r'}"
-    check_errors(script, [([busy], given), ([busy], ["--resume", tmp_path / "r"]),
-                          ([busy], [*given, "--resume", "auto"])])
+    check_errors(script, [([busy], given)])
     first.send_signal(signal.SIGKILL)
     first.communicate()
     unnamed = Process(script, *given[: given.index("--run-name")], *given[given.index("--run-name") + 2 :])
     wait_for(lambda: len(list(tmp_path.glob("folder__*/checkpoint.pt"))) == 1, unnamed)
-    folder, = tmp_path.glob("folder__*")
-    check_errors(script, [([f"another process is training in {folder}"], ["--resume", folder])])
     unnamed.send_signal(signal.SIGKILL)
     unnamed.communicate()
     check_errors(script, [(["has a run in it", "--run-name", f"--resume {tmp_path / 'r'}"], given)])
+
+
+@each("gngan_cnn", "gngan_synthetic")
+def test_a_job_that_begins_again_too_early(script, data, tmp_path):
+    """A scheduler starts it while its process of before still saves: it waits for that one, and goes on from there."""
+    given = arguments(data, tmp_path, "r", "--iterations", 100000) if script.SCRIPT != "gngan_synthetic" else [
+        "--run-dir", tmp_path, "--run-name", "r", "--num-seeds", 2, "--epochs", 100000, "--no-compile"]
+    first = Process(script, *given)
+    wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), first)
+    second = Process(script, *given, "--resume", "auto")
+    wait_for(lambda: "waiting for another process" in second.read("err"), second)
+    first.send_signal(signal.SIGTERM)
+    first.communicate()
+    saved = checkpoint(tmp_path / "r")["iteration"]
+    wait_for(lambda: "r: " in second.read("out"), second)
+    second.send_signal(signal.SIGTERM)
+    second.communicate()
+    assert (first.returncode, second.returncode) == (143, 143) and checkpoint(tmp_path / "r")["iteration"] >= saved > 0
 
 
 @each("gngan_cnn")
@@ -701,8 +716,9 @@ def test_a_pickle_that_runs_code_is_refused(script, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- common
-def test_run_folders(tmp_path):
+def test_run_folders(tmp_path, monkeypatch):
     """No two at a time in one; a free name is found if none was asked for; an empty one is removed."""
+    monkeypatch.setattr(common, "TAKEOVER", 0.3)
     with common.run_folder(tmp_path / "r", False, free_name=True) as first:
         with pytest.raises(UserError, match=f"another process is training in {tmp_path / 'r'}$"):
             with common.run_folder(tmp_path / "r", resume=True):
@@ -732,9 +748,9 @@ def test_a_lock_that_its_holder_has_removed(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fcntl, "flock", remove_and_lock)
-        with pytest.raises(BlockingIOError), common.lock(tmp_path / ".lock", wait=False):
+        with pytest.raises(BlockingIOError), common.lock(tmp_path / ".lock", wait=0):
             pass
-    with common.lock(tmp_path / ".lock", wait=False):
+    with common.lock(tmp_path / ".lock", wait=0):
         pass
 
 

@@ -12,12 +12,16 @@ import sqlite3
 import sys
 import threading
 import time
+import types
 import urllib.parse
+import urllib.request
 
 import launcher
 import make_data
 import numpy as np
 import pytest
+import waitress.adjustments
+import waitress.server
 import waitress.wasyncore
 from PIL import Image
 
@@ -43,7 +47,7 @@ def make_app(folder, **changes):
         sources[method] = make_data.pictures(100, 8, channels=1)
         sources[method][:, 0, 0, 0] = i
         sources[method][:, 0, 1, 0] = np.arange(100)
-    study = user_study.Study(arguments(folder, **changes), {m: len(images) for m, images in sources.items()})
+    study = user_study.Study(arguments(folder, **changes), sources)
     return user_study.create_app(study, sources), study
 
 
@@ -87,6 +91,18 @@ class Page:
         return {"fake": list(fake), "page": self.token}
 
 
+def start_token(html):
+    """What the Start button sends."""
+    return re.search(r'name="start" value="([^"]+)"', html)[1]
+
+
+def start(browser, passkey=""):
+    """Press Start on the first page."""
+    html = browser.get("/").text
+    token = start_token(html) if "Start</button>" in html else "of another window".ljust(43)
+    return browser.post("/", data={"passkey": passkey, "start": token})
+
+
 def votes(study):
     """(method, image, fake) of every image of a page that was sent."""
     return study.db.execute("SELECT method, image, fake FROM showings WHERE fake IS NOT NULL").fetchall()
@@ -112,8 +128,6 @@ def test_sources(tmp_path):
     for name, found in opened.items():
         assert np.array_equal(found, np.broadcast_to(images, (20, 28, 28, found.shape[3]))), name
         assert {user_study.encode(i) for i in found} == {user_study.encode(i) for i in images}
-    for name in ("grey.npy", idx):
-        assert isinstance(user_study.open_images(str(tmp_path / name), ""), np.memmap)
 
 
 @pytest.mark.parametrize("fake, message", [
@@ -121,7 +135,9 @@ def test_sources(tmp_path):
     ("dcgan=absent.npy", "cannot read absent.npy"), ("dcgan=text", "cannot read text: not an idx3 file"),
     ("dcgan=cut.npy", "cannot read cut.npy"), ("dcgan=float.npy", "float32 [20, 28, 28, 1] is not uint8"),
     ("dcgan=empty", "no images in empty"), ("dcgan=few.npy", "dcgan has 3 images: lower --per-method 10"),
-    ("dcgan=small.npy", "those of real are 28x28, those of dcgan 14x14")])
+    ("dcgan=small.npy", "those of real are 28x28, those of dcgan 14x14"),
+    ("dcgan=huge.npy", "cannot read huge.npy"), ("dcgan=foreign.npy", "cannot read foreign.npy"),
+    ("dcgan=cut.zip", "cannot read"), ("dcgan=cut-idx", "cannot read cut-idx"), ("dcgan=~nosuchuser/a.npy", "home")])
 def test_source_errors(tmp_path, monkeypatch, fake, message):
     monkeypatch.chdir(tmp_path)
     images = make_data.pictures(20, 28)
@@ -130,9 +146,49 @@ def test_source_errors(tmp_path, monkeypatch, fake, message):
         np.save(f"{name}.npy", array)
     (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:5000])
     (tmp_path / "text").write_text("a text, not a picture")
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1%s, 8, 8, 3)}" % (b"0" * 30)
+    (tmp_path / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    (tmp_path / "foreign.npy").write_bytes(b"\x93NUMPY\x01\x00\x06\x00{((((\n")
+    (tmp_path / "cut-idx").write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 20, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(1000))
     (tmp_path / "empty").mkdir()
+    shutil.make_archive(tmp_path / "whole", "zip", tmp_path, "a.npy")
+    (tmp_path / "cut.zip").write_bytes(b"x" * 100 + (tmp_path / "whole.zip").read_bytes()[-60:])
     with pytest.raises(UserError, match=re.escape(message)):
         user_study.open_sources(user_study.Args(real="a.npy", fake=(fake,)))
+
+
+@pytest.mark.parametrize("thumbnails", [".thumbs", "@eaDir", "__MACOSX"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_thumbnails_do_not_set_the_size(tmp_path, thumbnails, packed):
+    """Real images are resized to the fakes' size, and fakes shown at their own, whatever lies hidden beside them."""
+    folder = tmp_path / "images"
+    (folder / thumbnails).mkdir(parents=True)
+    for i, image in enumerate(make_data.pictures(12, 64)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+        Image.fromarray(image[::8, ::8]).save(folder / thumbnails / f"{i}.png")
+    source = shutil.make_archive(tmp_path / "packed", "zip", folder) if packed else folder
+    assert user_study.open_images(str(source), "").shape == (12, 64, 64, 3)
+
+
+def test_home(tmp_path, monkeypatch):
+    """~ is a home folder inside NAME=SOURCE too, where a shell leaves it as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "x.npy", make_data.pictures(12, 8))
+    sources = user_study.open_sources(user_study.Args(real="~/x.npy", fake=("dcgan=~/x.npy",)))
+    assert list(sources) == ["real", "dcgan"]
+    user_study.Study(user_study.Args(db="~/votes.db"), sources)
+    assert (tmp_path / "votes.db").exists()
+
+
+def test_a_source_that_is_written_anew(tmp_path):
+    """Another process cuts the .npy, or writes other images into it: the study shows what it began with."""
+    file = tmp_path / "x.npy"
+    images = make_data.pictures(100, 64)
+    np.save(file, images)
+    sources = user_study.open_sources(user_study.Args(real=str(file), fake=(f"dcgan={file}",)))
+    file.write_bytes(b"")
+    for method in sources:
+        assert np.array_equal(sources[method], images)  # of a map: SIGBUS
 
 
 # ------------------------------------------------------------------ assignment, blindness
@@ -155,7 +211,7 @@ def test_blind(tmp_path):
     names, lengths = [], set()
     for _ in range(2):
         browser = app.test_client()
-        browser.post("/start")
+        start(browser)
         answer = browser.get("/")
         page = Page(answer.text)
         names += [name for name, _ in page.images]
@@ -176,7 +232,7 @@ def test_study(tmp_path):
     app, study = make_app(tmp_path, per_method=5, pages=2)
     for key, status in (("0DEE2A", 303), ("", 303), ("wrong", 400)):
         browser = app.test_client()
-        assert browser.post("/start", data={"passkey": key}).status_code == status
+        assert start(browser, key).status_code == status
         if status == 400:
             assert "Start" in browser.get("/").text
             continue
@@ -188,10 +244,12 @@ def test_study(tmp_path):
         thanks = browser.get("/").text
         assert "right about 10 of 15 images (67%)" in thanks and "marked 5 of 10 fake" in thanks
         assert "took 0 of 5 real" in thanks and ("trial" in thanks) == bool(key)
-    app.test_client().post("/start")  # who never sends a page
+    start(app.test_client())  # who never sends a page
     rows, summary = user_study.tally(study.args.db)
     assert [(r["share"], r["votes"]) for r in rows[:3]] == [(0, 5), (1, 5), (0, 5)]
-    assert summary == "1 participants, 15 votes; not counted: 1 trial runs, 2 unfinished pages"
+    assert summary == ("1 participants, 15 votes; not counted: 1 trial runs, 2 unfinished pages; no intervals below "
+                       "10 participants")
+    assert not any("low" in row for row in rows) and len(user_study.table(rows).splitlines()) == 6
 
 
 def test_refused_forms(tmp_path):
@@ -199,12 +257,12 @@ def test_refused_forms(tmp_path):
     app, study = make_app(tmp_path)
     browser, other = app.test_client(), app.test_client()
     for b in (browser, other):
-        b.post("/start")
+        start(b)
     mine, others = (Page(b.get("/").text) for b in (browser, other))
     names = [name for name, _ in mine.images]
     for form in ({}, {"fake": names}, {"page": ""}, {"page": mine.token[:-1]}, {"page": "x' OR 1=1 --"},
                  {"page": mine.token, "fake": [*names, "forged"]}, {"page": mine.token, "fake": others.images[0][0]},
-                 others.form([]), others.form(names), {"page": b"\xff\x00"}, {"page": "0"}):
+                 others.form([]), others.form(names), {"page": b"\xff\x00"}, {"page": "0"}, {"start": "forged"}):
         answer = browser.post("/", data=form)
         assert answer.status_code == 400 and "Nothing was stored" in answer.text, form
     assert app.test_client().post("/", data=mine.form(names)).status_code == 400  # no cookie
@@ -215,7 +273,8 @@ def test_refused_forms(tmp_path):
     with served(app) as port:  # the connection breaks off before the form's end
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.putrequest("POST", "/")
-        for header, value in (("Cookie", f"participant={browser.get_cookie('participant').value}"),
+        cookie = f"participant_{study.name}"
+        for header, value in (("Cookie", f"{cookie}={browser.get_cookie(cookie).value}"),
                               ("Content-Type", "application/x-www-form-urlencoded"), ("Content-Length", len(encoded))):
             connection.putheader(header, str(value))
         connection.endheaders(encoded[:-10].encode())
@@ -227,7 +286,7 @@ def test_refused_forms(tmp_path):
 def test_sent_twice(tmp_path):
     app, study = make_app(tmp_path)
     browser = app.test_client()
-    browser.post("/start")
+    start(browser)
     page = Page(browser.get("/").text)
     for fake in (page.shown(), []):
         assert browser.post("/", data=page.form(fake)).status_code == 303
@@ -236,12 +295,152 @@ def test_sent_twice(tmp_path):
 
 
 def test_limit(tmp_path):
+    """Of those who sent a page; who has started may go on."""
     app, study = make_app(tmp_path, max_participants=2)
-    assert [app.test_client().post("/start").status_code for _ in range(3)] == [303, 303, 403]
-    assert app.test_client().post("/start", data={"passkey": "0DEE2A"}).status_code == 303
-    with pytest.raises(UserError, match="of another study"):
-        make_app(tmp_path, pages=2)
+    people = [app.test_client() for _ in range(4)]
+    for person in people:
+        assert start(person).status_code == 303
+    for person in people[:3]:
+        assert start(app.test_client()).status_code == (403 if person == people[2] else 303)
+        assert person.post("/", data=Page(person.get("/").text).form([])).status_code == 303
+    assert start(app.test_client(), "0DEE2A").status_code == 303
+    assert start(people[3]).status_code == 303 and Page(people[3].get("/").text)
+
+
+def test_other_images(tmp_path):
+    """A study goes on with its own images and settings alone; another one's file stays as it is."""
+    app, study = make_app(tmp_path)
+    start(app.test_client())
+    before = (tmp_path / "study.db").read_bytes()
+    others = {method: make_data.pictures(100, 8, channels=1) for method in METHODS}
+    for sources, changes in ((others, {}), (None, {"pages": 2}), (None, {"per_method": 5})):
+        with pytest.raises(UserError, match="of another study"):
+            if sources:
+                user_study.Study(arguments(tmp_path, **changes), sources)
+            else:
+                make_app(tmp_path, **changes)
+    assert (tmp_path / "study.db").read_bytes() == before
     make_app(tmp_path)
+
+
+@pytest.mark.parametrize("journal", ["DELETE", "WAL"])
+def test_a_database_of_another_program(tmp_path, journal):
+    """Refused, and left as it is."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as db:
+        db.executescript(f"PRAGMA journal_mode = {journal}; CREATE TABLE addresses (name TEXT)")
+    before = (tmp_path / "study.db").read_bytes()
+    with pytest.raises(UserError, match="cannot keep votes in"):
+        make_app(tmp_path)
+    assert (tmp_path / "study.db").read_bytes() == before
+
+
+def test_votes_are_in_the_file(tmp_path):
+    """A copy of the file alone has each vote that was answered, while the study runs and after it ended."""
+    app, study = make_app(tmp_path)
+    browser = app.test_client()
+    start(browser)
+    for pages in (1, 2):
+        assert browser.post("/", data=Page(browser.get("/").text).form([])).status_code == 303
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "study.db", tmp_path / "copy/study.db")
+        rows, _ = user_study.tally(str(tmp_path / "copy/study.db"))
+        assert sum(row.get("votes", 0) for row in rows) == 9 * pages
+    copied, _ = make_app(tmp_path / "copy")  # it goes on there
+    (cookie, other) = (f"participant_{study.name}", copied.test_client())
+    other.set_cookie(cookie, browser.get_cookie(cookie).value)
+    assert "Page 3 of 4" in other.get("/").text
+
+
+# -------------------------------------------------------------------- starting, cookies
+def test_double_click_on_start(tmp_path):
+    """Two requests of one form, at once: one participant. Start in a second window goes on with the first's."""
+    app, study = make_app(tmp_path)
+    windows = app.test_client(), app.test_client()
+    token = start_token(windows[0].get("/").text)
+    threads = [threading.Thread(target=w.post, args=("/",), kwargs={"data": {"start": token}}) for w in windows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Page(windows[0].get("/").text).token == Page(windows[1].get("/").text).token
+    late = start_token(app.test_client().get("/").text)  # a window that was opened before
+    assert windows[0].post("/", data={"start": late}).status_code == 303
+    assert Page(windows[0].get("/").text).token == Page(windows[1].get("/").text).token
+    assert study.db.execute("SELECT COUNT(DISTINCT participant) FROM showings").fetchone() == (1,)
+
+
+def test_without_cookies(tmp_path):
+    """One is told that they are needed, and takes nobody's place."""
+    app, study = make_app(tmp_path, max_participants=1)
+    browser = app.test_client(use_cookies=False)
+    for _ in range(3):
+        answer = browser.post("/", data={"start": start_token(browser.get("/").text)}, follow_redirects=True)
+        assert "Cookies are needed" in answer.text and "Start</button>" in answer.text
+    other = app.test_client()
+    start(other)
+    assert other.post("/", data=Page(other.get("/").text).form([])).status_code == 303
+
+
+def test_two_studies_on_one_host(tmp_path):
+    """A browser sends a host's cookies to all its ports; each study keeps its own participant."""
+    (tmp_path / "other").mkdir()
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    with contextlib.ExitStack() as both:
+        ports = [both.enter_context(served(make_app(folder)[0])) for folder in (tmp_path, tmp_path / "other")]
+
+        def request(port, **form):
+            data = urllib.parse.urlencode(form, doseq=True).encode() or None
+            return browser.open(f"http://127.0.0.1:{port}/", data).read().decode()
+
+        for port in ports:
+            request(port, start=start_token(request(port)))
+        for number in range(1, 5):
+            for port in ports:
+                html = request(port)
+                assert f"Page {number} of 4" in html
+                request(port, **Page(html).form([]))
+        assert all("Thank you" in request(port) for port in ports)
+
+
+@pytest.mark.parametrize("path", ["/study/", "/study", "/"])
+def test_behind_a_proxy(tmp_path, path):
+    """A proxy that serves the study at a path of its own, with or without a slash at the end: every link leads back."""
+    app, study = make_app(tmp_path, pages=2)
+    browser, here = app.test_client(), f"http://host{path}"
+
+    def request(method, url, data=None):
+        split = urllib.parse.urlsplit(url)
+        assert split.netloc == "host" and split.path == path, url  # else it goes past the study
+        answer = browser.open("/?" + split.query, method=method, data=data)
+        return urllib.parse.urljoin(url, answer.location) if answer.location else url, answer.text
+
+    _, html = request("GET", here)
+    for number in range(3):
+        action = re.search(r'<form method="post"[^>]*?(?: action="([^"]*)")?>', html)[1]
+        form = Page(html).form([]) if number else {"start": start_token(html)}
+        here, _ = request("POST", urllib.parse.urljoin(here, action or ""), form)
+        here, html = request("GET", here)
+    assert "Thank you" in html
+
+
+def test_addresses(tmp_path, monkeypatch, capsys):
+    """A name that is two addresses, and an IPv6 address, which a URL has in brackets."""
+    app, study = make_app(tmp_path)
+    for kind in (waitress.server.BaseWSGIServer, waitress.server.MultiSocketServer):
+        monkeypatch.setattr(kind, "run", lambda self: self.close())
+    resolve = waitress.adjustments.socket.getaddrinfo
+
+    def two(host, *rest, **kwargs):
+        return [a for name in ("127.0.0.1", "127.0.0.2") for a in resolve(name, *rest, **kwargs)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(waitress.adjustments.socket, "getaddrinfo", two)
+        user_study.serve(app, arguments(tmp_path, host="localhost", port=0))
+    assert re.match(r"the study is at http://127.0.0.1:\d+ and http://127.0.0.2:\d+; passkey", capsys.readouterr().out)
+    server = types.SimpleNamespace(effective_host="::", effective_port=8000, run=lambda: None)
+    monkeypatch.setattr(waitress, "create_server", lambda *args, **kwargs: server)
+    user_study.serve(app, arguments(tmp_path, host="::"))
+    assert capsys.readouterr().out.startswith("the study is at http://[::]:8000; passkey")
 
 
 # -------------------------------------------------------------------------- over a socket
@@ -265,7 +464,7 @@ class Participant:
         return answer.status, text
 
     def take_part(self, pause=0.0):
-        assert self.request("POST", "", "/start")[0] == 303
+        assert self.request("POST", f"start={start_token(self.request('GET')[1])}")[0] == 303
         while True:
             html = self.request("GET")[1]
             if "Thank you" in html:
@@ -336,29 +535,33 @@ def test_kill(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- tally
-def slow_share(marked, shown, people, method):
-    return sum(marked[p][method] for p in people) / sum(shown[p][method] for p in people)
+@pytest.mark.parametrize("mean, concentration", [(0.1, 8), (0.35, 8), (0.5, 2), (0.75, 30)])
+@pytest.mark.parametrize("people", [10, 20, 50])
+def test_interval_covers(people, mean, concentration):
+    """About 95% of studies, whose participants differ in how often they call an image fake."""
+    rng = np.random.default_rng(people)
+    shares = rng.beta(mean * concentration, (1 - mean) * concentration, (2000, people))
+    shown = rng.choice([5, 10], (2000, people), p=[0.1, 0.9])
+    marked = rng.binomial(shown, shares)
+    low, high = np.array([user_study.interval(m, s) for m, s in zip(marked, shown)]).T
+    assert 0.93 <= np.mean((low <= mean) & (mean <= high)) <= 0.98
+    assert (0 <= low).all() and (low < high).all() and (high <= 1).all()
 
 
-def test_bootstrap():
-    """Against a loop over resamples with draws of its own, with participants whose votes depend on each other."""
-    rng = np.random.default_rng(1)
-    shown = rng.choice([5, 10], (30, 1)) * np.ones((1, 3), int)
-    marked = rng.binomial(shown, rng.beta(1, 2, (30, 1)) * [0.3, 0.9, 1.0])
-    draws = rng.integers(30, size=(4000, 30))
-    low, high = user_study.bootstrap(marked, shown)
-    for method in range(3):
-        shares = sorted(slow_share(marked, shown, people, method) for people in draws)
-        assert abs(low[method] - shares[100]) < 0.01 and abs(high[method] - shares[3900]) < 0.01
-    independent = 2 * 1.96 * np.sqrt(0.3 * 0.7 / shown[:, 1].sum())
-    assert high[1] - low[1] > 1.5 * independent  # wider than if all votes were independent
-    assert np.array_equal(user_study.bootstrap(marked, shown), [low, high])
+def test_interval_of_few_or_equal():
+    """Fewer than ten: none. Votes that all agree, or participants who do: as wide as independent votes make it."""
+    ten = np.full(10, 10)
+    assert np.isnan(user_study.interval(ten[:9] - 4, ten[:9])).all()
+    for marked in (0 * ten, ten, ten // 2):
+        low, high = user_study.interval(marked, ten)
+        share = marked.sum() / 100
+        assert low <= share <= high and 0.04 < high - low < 0.25
 
 
 def test_tally(tmp_path, capsys, monkeypatch):
     app, study = make_app(tmp_path)
     with served(app) as port:
-        people = [Participant(port, seed) for seed in range(6)]
+        people = [Participant(port, seed) for seed in range(10)]
         for person in people:
             person.take_part()
     monkeypatch.setattr(sys, "argv", ["user_study.py", "--tally", study.args.db, "--csv", str(tmp_path / "table.csv"),
@@ -370,13 +573,35 @@ def test_tally(tmp_path, capsys, monkeypatch):
     assert [r["method"] for r in rows] == [*METHODS, "mmgan exp", "mmgan no rg"]
     for method, line, row in zip(METHODS, lines[1:], rows):
         marked = [fake for p in people for name, _, fake in p.sent if name == method]
-        assert float(row["share"]) == np.mean(marked) and row["votes"] == str(len(marked)) == "60"
+        assert float(row["share"]) == np.mean(marked) and row["votes"] == str(len(marked)) == "100"
         assert float(row["low"]) <= float(row["share"]) <= float(row["high"])
         assert f"{100 * np.mean(marked):.1f}%" in line and line.split()[-2:] == [
             f"{p:.1f}%" for p in user_study.PAPER[method]]
     assert rows[4]["share"] == "" and lines[5].split()[-2:] == ["45.5%", "76.6%"]
-    assert lines[6] == "6 participants, 180 votes; not counted: 0 trial runs, 0 unfinished pages"
+    assert lines[6] == "10 participants, 300 votes; not counted: 0 trial runs, 0 unfinished pages"
     assert Image.open(tmp_path / "chart.png").format == "PNG"
+
+
+@pytest.mark.parametrize("damage, message", [
+    ("UPDATE study SET settings = 'null'", "cannot read"), ("UPDATE study SET settings = '{'", "cannot read"),
+    ("UPDATE study SET settings = '{\"images\": {\"real\": 3}}'", "cannot read"), ("DELETE FROM study", "cannot read"),
+    ("UPDATE showings SET method = x'ff'", "cannot read"), ("DROP TABLE showings", "cannot read"),
+    ("DELETE FROM showings WHERE method = 'dcgan'", "")])
+def test_an_odd_file(tmp_path, damage, message, recwarn):
+    """One line; a method without votes has no share."""
+    app, study = make_app(tmp_path)
+    browser = app.test_client()
+    start(browser)
+    browser.post("/", data=Page(browser.get("/").text).form([]))
+    with study.db:
+        study.db.execute(damage)
+    if message:
+        with pytest.raises(UserError, match=message):
+            user_study.tally(study.args.db)
+        return
+    rows, _ = user_study.tally(study.args.db)
+    assert re.search(r"^dcgan +- +- +1 +0 ", user_study.table(rows), re.MULTILINE) and not recwarn.list
+    user_study.draw_chart(tmp_path / "chart.png", rows)
 
 
 def test_errors(tmp_path):
@@ -387,6 +612,7 @@ def test_errors(tmp_path):
     images = ["--real", "a.npy", "--fake", "dcgan=a.npy"]
     for flags, message in ((["--tally", "absent.db"], "cannot read absent.db"), ([], "give --real SOURCE"),
                            (["--tally", "text.db"], "not a database"), (["--tally", "study.db"], "no votes yet"),
+                           (["--tally", "study.db", "--chart", "x.xyz"], "--chart x.xyz: its name ends in .png"),
                            ([*images, "--db", "text.db"], "cannot keep votes in text.db"),
                            ([*images, "--per-method", "3"], "--per-method is 3: it must be in \\[4, inf\\)")):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=message) as error:

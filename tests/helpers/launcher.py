@@ -7,10 +7,11 @@ import pathlib
 import resource
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
+
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 context = multiprocessing.get_context("forkserver")
@@ -82,15 +83,19 @@ def run(script, *arguments, status=0, **kwargs):
     return out, err
 
 
-def start_together(count, script, *arguments):
-    """The processes that `torchrun --nproc-per-node COUNT SCRIPT ...` starts, with the environment that it gives."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+def start_together(count, script, *arguments, present=None, own=(), **kwargs):
+    """The processes that `torchrun --nproc-per-node COUNT SCRIPT ...` starts, with the environment and the store that
+    it gives. present: the ranks that are started, by default all; own: further arguments of the last."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+              "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
               "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    return [Process(script, *arguments, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(count)]
+    processes = [Process(script, *arguments, *(own if rank == count - 1 else ()),
+                         environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **kwargs)
+                 for rank in (range(count) if present is None else present)]
+    for process in processes:
+        process.store = store  # as long as one of them is there
+    return processes
 
 
 def wait_for(condition, process, seconds=120):
