@@ -975,9 +975,9 @@ def report(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> str:
 
 def main() -> int:
     args, file, checkpoint = parse_args()
-    device = training.choose_device(args.device, tf32=False, deterministic=False)
-    if training.world()[1] > 1:
+    if common.started() > 1:
         raise UserError("this script trains in one process: leave torchrun out")
+    device = training.choose_device(args.device, tf32=False, deterministic=False)
     problem, methods = make_problem(args.dim), methods_of(args.dim, args.method)
     total = args.epochs * epoch_length(args)
     saved = dataclasses.asdict(args)

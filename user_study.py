@@ -22,8 +22,10 @@ import logging
 import math
 import pathlib
 import random
+import re
 import secrets
 import sqlite3
+import textwrap
 import threading
 import zipfile
 from dataclasses import dataclass
@@ -116,7 +118,7 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
             images = np.fromfile(path, dtype=np.uint8, count=math.prod(shape), offset=16).reshape(shape)
         if images.ndim == 3:
             images = images[..., None]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
             raise ValueError(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 1 or 3]")
     except Exception as error:  # whatever a cut or foreign file makes NumPy raise
         raise UserError(f"cannot read {source}: {reason(error)}; "
@@ -143,8 +145,8 @@ def open_sources(args: Args) -> dict[str, np.ndarray]:
     fake_sources: dict[str, str] = {}
     for entry in args.fake:
         name, _, source = entry.partition("=")
-        if not name or not source or name == "real" or name in fake_sources:
-            raise UserError(f"--fake {' '.join(args.fake)}: "
+        if not (name.isprintable() and name and source) or name == "real" or name in fake_sources:
+            raise UserError(f"--fake {' '.join(args.fake)!r}: "
                             "write NAME=SOURCE, each name once and none of them real")
         fake_sources[name] = source
     fakes = {name: open_images(source, args.data_dir) for name, source in fake_sources.items()}
@@ -205,21 +207,24 @@ class Study:
         self.counts = {method: len(images) for method, images in images_by_method.items()}
         self.lock = threading.Lock()  # of the connection; SQLite writes one transaction at a time
         sources = {method: training.fingerprint(images) for method, images in images_by_method.items()}
-        settings = json.dumps({"images": sources, "per_method": args.per_method, "pages": args.pages})
+        settings = {"images": sources, "per_method": args.per_method, "pages": args.pages}
         try:
-            self.db = sqlite3.connect(expand(args.db), isolation_level="IMMEDIATE", check_same_thread=False)
+            self.db = sqlite3.connect(expand(args.db).absolute(), isolation_level="IMMEDIATE", check_same_thread=False)
             new = not self.db.execute("SELECT * FROM sqlite_master").fetchall()
             if new:
                 self.db.executescript(f"BEGIN IMMEDIATE; {SCHEMA}")
                 self.db.execute("INSERT INTO study SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM study)",
-                                (settings, secrets.token_hex(4)))
+                                (json.dumps(settings), secrets.token_hex(4)))
                 self.db.commit()
             saved, self.name = self.db.execute("SELECT settings, name FROM study").fetchone()
-        except (sqlite3.Error, TypeError) as error:  # TypeError: a study without settings
+            if json.loads(saved) != settings:
+                raise UserError(f"{args.db} is of another study, with other images, --per-method or --pages "
+                                f"({saved}, here {json.dumps(settings)}): give another --db")
+            # DELETE: no votes lie beside the file; EXTRA: a power loss undoes none; the rest: can it be written?
+            self.db.executescript("PRAGMA journal_mode = DELETE; PRAGMA synchronous = EXTRA; "
+                                  "UPDATE study SET settings = settings")
+        except (sqlite3.Error, TypeError, ValueError) as error:  # the last two: odd settings, or none
             raise UserError(f"cannot keep votes in {args.db}: {error}; give another --db") from None
-        if saved != settings:
-            raise UserError(f"{args.db} is of another study, with other images, --per-method or --pages "
-                            f"({saved}, here {settings}): give another --db")
 
     def start(self, participant: str, trial: bool) -> bool:
         """Draw a new participant's pages; one that is there already keeps its own. participant: a token.
@@ -231,6 +236,7 @@ class Study:
             for method, image in showings:
                 rows.append((secrets.token_urlsafe(), participant, trial, number, page, method, image))
         with self.lock, self.db as db:
+            db.execute("BEGIN IMMEDIATE")  # another server may have the same file
             begun = db.execute("SELECT 1 FROM showings WHERE participant = ?", (participant,)).fetchone()
             people, = db.execute(
                 "SELECT COUNT(DISTINCT participant) FROM showings WHERE NOT trial AND fake IS NOT NULL").fetchone()
@@ -347,14 +353,13 @@ def create_app(study: Study, images_by_method: dict[str, np.ndarray]) -> flask.F
             return flask.render_template("page.html", title="Which images are fake?", number=number,
                                          pages=args.pages, page=page, images=images, width=width * zoom)
         trial, fakes, fakes_marked, reals, reals_marked = study.result(participant())
-        if trial is None and "started" in flask.request.args:
-            return text("Cookies are needed", "Your browser did not keep this page's cookie, which tells your answers "
-                        "from other people's. Allow cookies for this site, then start.", start=True)
         if trial is None:
-            return text("Which images are fake?", "Some of the images that you will see are real, others were made by "
-                        f"a computer. Mark those that you think are fake, then send the page. Pages: {args.pages}.",
-                        "Please take part once only. Your votes are stored without your name. This page needs a "
-                        "cookie.", start=True)
+            cookies = ["Cookies are needed. If you have just pressed Start, your browser did not keep this page's "
+                       "cookie: allow it, then start again."] if "started" in flask.request.args else []
+            return text("Which images are fake?", *cookies, "Some of the images that you will see are real, others "
+                        "were made by a computer. Mark those that you think are fake, then send the page. Pages: "
+                        f"{args.pages}.", "Please take part once only. Your votes are stored without your name. A "
+                        "cookie tells them from other people's.", start=True)
         right, shown = fakes_marked + reals - reals_marked, fakes + reals
         return text("Thank you", f"You were right about {right} of {shown} images ({100 * right / shown:.0f}%).",
                     f"You marked {fakes_marked} of {fakes} fake images, "
@@ -374,7 +379,7 @@ def create_app(study: Study, images_by_method: dict[str, np.ndarray]) -> flask.F
     def start(token: str, passkey: str):
         if passkey not in ("", args.passkey):
             return text("Wrong passkey", "Leave it empty to take part in the study.", start=True), 400
-        if len(token) != len(secrets.token_urlsafe()):
+        if not re.fullmatch(r"[A-Za-z0-9_-]{43}", token):
             flask.abort(400)
         response = flask.redirect("?started", 303)
         trial, *_ = study.result(participant())
@@ -409,7 +414,8 @@ def serve(app: flask.Flask, args: Args) -> None:
     try:
         server = waitress.create_server(app, host=args.host, port=args.port, threads=8)
     except (OSError, OverflowError, ValueError) as error:
-        raise UserError(f"cannot serve at {args.host}:{args.port}: {reason(error)}; give another --port") from None
+        raise UserError(f"cannot serve at {args.host}:{args.port}: {reason(error)}; give another --host or "
+                        "--port") from None
     # localhost may be two addresses
     listening = getattr(server, "effective_listen", None) or [(server.effective_host, server.effective_port)]
     addresses = " and ".join(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -420,28 +426,28 @@ def serve(app: flask.Flask, args: Args) -> None:
 
 
 # ---------------------------------------------------------------------------------- tally
-FEWEST = 10  # participants for an interval
+FEWEST = 10  # participants for an interval: of fewer, too little is known of how people differ
 
 
 def interval(marked: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
-    """95% interval of a method's share of images marked as fake; nan twice for fewer participants than FEWEST.
+    """95% interval of a method's share of images marked as fake.
 
-    marked, shown: numbers of images by participant, [P]. The votes of one participant depend on each other. So the
-    share's variance is that of a ratio of sums over participants, and Wilson's interval is taken at the number of
-    independent votes that would have it, with Student's quantile. Simulated with 10 to 50 participants whose shares
-    are beta distributed, with means from 0.05 to 0.75, it holds the true share in 94 to 97% of studies.
+    marked, shown: numbers of images by participant, [P]. The votes of one participant depend on each other. To how
+    many independent votes they amount is told by the variance of a ratio of sums over participants; there is one more
+    among them who calls half of the images fake, as shares near 0 or 1 would otherwise hide how people differ. The
+    interval is Wilson's for so many votes, with Student's quantile. docs/mmgan.md has its simulated coverage.
     """
     people, votes = len(marked), shown.sum()
-    if people < FEWEST:
-        return math.nan, math.nan
-    share = marked.sum() / votes
-    variance = people / (people - 1) * ((marked - share * shown) ** 2).sum() / votes**2
+    marks, all_shown = np.append(marked, shown.mean() / 2), np.append(shown, shown.mean())
+    share = marks.sum() / all_shown.sum()
+    variance = (people + 1) / people * ((marks - share * all_shown) ** 2).sum() / all_shown.sum() ** 2
     effective = min(votes, share * (1 - share) / variance) if variance else votes
     z, freedom = 1.96, people - 1
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)  # Cornish and Fisher
+    share = marked.sum() / votes
     middle = (share + t**2 / (2 * effective)) / (1 + t**2 / effective)
     half = t / (1 + t**2 / effective) * math.sqrt(share * (1 - share) / effective + t**2 / (4 * effective**2))
-    return max(0.0, middle - half), min(1.0, middle + half)  # past them by rounding alone
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # which rounding may break
 
 
 def tally(path: str) -> tuple[list[dict], str]:
@@ -452,7 +458,7 @@ def tally(path: str) -> tuple[list[dict], str]:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
             settings, = db.execute("SELECT settings FROM study").fetchone()
             votes = db.execute(
-                "SELECT participant, method, SUM(fake), COUNT(*) FROM showings "
+                "SELECT participant, method, SUM(fake != 0), COUNT(*) FROM showings "
                 "WHERE NOT trial AND fake IS NOT NULL GROUP BY participant, method").fetchall()
             trials, unfinished = db.execute(
                 "SELECT COUNT(DISTINCT participant) FILTER (WHERE trial), "
@@ -472,14 +478,14 @@ def tally(path: str) -> tuple[list[dict], str]:
     for method, num_marked, num_shown in zip(methods, marked, shown):
         rows.append({"method": method, "participants": len(people), "votes": num_shown.sum()})
         if num_shown.any():
-            low, high = interval(num_marked, num_shown)
-            figures = {"share": num_marked.sum() / num_shown.sum(), "low": low, "high": high}
-            rows[-1] |= {name: value for name, value in figures.items() if not math.isnan(value)}
+            rows[-1]["share"] = num_marked.sum() / num_shown.sum()
+            if len(people) >= FEWEST:
+                rows[-1]["low"], rows[-1]["high"] = interval(num_marked, num_shown)
     rows += [{"method": method} for method in PAPER if method not in methods]
     for row in rows:
         if row["method"] in PAPER:
             mnist, celeba = PAPER[row["method"]]
-            row["paper_mnist"], row["paper_celeba"] = mnist / 100, celeba / 100
+            row["paper_mnist"], row["paper_celeba"] = round(mnist / 100, 3), round(celeba / 100, 3)
     if len(people) < FEWEST:
         summary += f"; no intervals below {FEWEST} participants"
     return rows, f"{len(people)} participants, {shown.sum():,} votes; {summary}"
@@ -508,13 +514,14 @@ def draw_chart(path: pathlib.Path, rows: list[dict]) -> None:
     """Draw the shares and their intervals as bars, a PNG."""
     from common.pictures import Figure  # Matplotlib, which takes a second
     studied = [row for row in rows if "share" in row]
-    methods = [row["method"] for row in studied]
+    methods = ["\n".join(textwrap.wrap(row["method"], 14)[:3]) for row in studied]
     nan = math.nan  # where there is no interval
     percent = np.array([[row["share"], row.get("low", nan), row.get("high", nan)] for row in studied]) * 100
     share, low, high = percent.T
     figure = Figure(figsize=(1.5 + 1.1 * len(studied), 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.bar(methods, share, width=0.6, yerr=(share - low, high - share), capsize=5, color="#7aa3dc")
+    axes.bar(range(len(share)), share, width=0.6, yerr=(share - low, high - share), capsize=5, color="#7aa3dc")
+    axes.set_xticks(range(len(share)), methods, parse_math=False)
     axes.set(ylabel="images taken for fake (%)", title=f"{studied[0]['participants']} participants"
              + (", 95% intervals" if np.isfinite(low).any() else ""))
     axes.spines[["top", "right"]].set_visible(False)
@@ -529,6 +536,8 @@ def main() -> int:
     if args.chart and not args.chart.lower().endswith(".png"):
         raise UserError(f"--chart {args.chart}: its name ends in .png")
     if args.tally:
+        if args.csv and expand(args.csv).resolve() == expand(args.tally).resolve():
+            raise UserError(f"--csv {args.csv} is the study: choose another name")
         rows, summary = tally(args.tally)
         print(f"{table(rows)}\n{summary}")
         if args.csv:
@@ -537,7 +546,7 @@ def main() -> int:
             write_atomically(expand(args.chart), lambda path: draw_chart(path, rows))
         return 0
     images_by_method = open_sources(args)
-    args.passkey = args.passkey or secrets.token_hex(3).upper()
+    args.passkey = (args.passkey or "").strip() or secrets.token_hex(3).upper()
     serve(create_app(Study(args, images_by_method), images_by_method), args)
     return 0
 

@@ -62,8 +62,8 @@ def run(main: Callable[[], int]) -> NoReturn:
             if received and type(caught).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 # Ctrl-C in a terminal ends the C++ compiler, too, that torch.compile waits for
                 error, status = f"ended by a signal: {reason(caught)}", 128 + received[0]
-            elif peers and (isinstance(caught, dist.DistError) or "gloo" in str(caught)):
-                error = f"another of torchrun's processes has ended: {reason(caught)}"
+            elif type(caught) is RuntimeError and "gloo/transport" in str(caught):
+                error = f"no connection to another of torchrun's processes: {reason(caught)}"
             elif reports():
                 raise
         finally:
@@ -79,18 +79,30 @@ def reports() -> bool:
 
     Of torchrun's processes it is the first that fails. Others have the same error, or fail because it has ended.
     """
-    if not peers and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True  # nobody keeps a store yet
+    if started() == 1 or not stores and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True  # the second: torchrun itself keeps no store, and the processes have not joined yet
     try:
-        if not peers:  # a store that torchrun itself keeps
-            peers.append(next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=10)))[0])
         rank = os.environ["RANK"]
-        return peers[0].compare_set("failed", "", rank) == rank.encode()
+        return shared_store().compare_set("failed", "", rank) == rank.encode()
     except dist.DistError:  # who kept the store has ended
-        return False
+        return True
 
 
-peers: list[dist.Store] = []  # what torchrun's processes share; see training.join
+def started() -> int:
+    """How many processes torchrun started, on all machines; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+stores: list[dist.Store] = []
+
+
+def shared_store(seconds: float = 10) -> dist.Store:
+    """What torchrun's processes share. Raises dist.DistError: it is not to be had within `seconds`."""
+    if not stores:
+        store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun --max-restarts, which keeps the store
+        stores.append(dist.PrefixStore(f"attempt {attempt}", store))
+    return stores[0]
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # Ctrl-C, Slurm's two, a closed terminal
@@ -154,7 +166,7 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
     Raises UserError: two of these three flags, a checkpoint that is missing, damaged or of other flags.
     """
     def read(**default) -> object:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if started() == 1 or os.environ["LOCAL_RANK"] == "0":
             return tyro.cli(cls, args=argv, description=description, **default)
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             return tyro.cli(cls, args=argv, **default)  # of torchrun's processes on a machine one prints tyro's message
@@ -186,7 +198,7 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
         setattr(args, name, saved[name])  # the run stays where it is
     for name, value in vars(args).items():
         differs = name not in OF_ONE_CALL and (name not in saved or value != saved[name])
-        if differs and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
+        if differs and (started() == 1 or os.environ["RANK"] == "0"):
             print(f"{script}.py: {flag(name)} {value} (saved: {saved.get(name, 'not there')})", file=sys.stderr)
     args.resume = None  # what a checkpoint holds is the run's, however it was begun
     return args, file, checkpoint
@@ -314,16 +326,21 @@ def lock(file: pathlib.Path, wait: float) -> Iterator[None]:
         os.close(descriptor)
 
 
-TAKEOVER = 60.0  # seconds that a run which goes on waits for the process that still has its folder
+TAKEOVER = 60.0  # seconds to wait for the process that has a run folder
+
+
+def is_used(folder: pathlib.Path, resume: bool) -> bool:
+    """Whether a folder has a run in it, and none that goes on."""
+    return not resume and any((folder / name).exists() for name in ("checkpoint.pt", "results.json"))
 
 
 @contextlib.contextmanager
 def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> Iterator[pathlib.Path]:
     """A run folder that no other process trains in until this context ends. One that is made and left empty is removed.
 
-    resume: go on in it; a scheduler's job may begin again before its process of before has ended, which is waited for.
-    Otherwise it must not hold a run's checkpoint.pt or results.json; free_name: then, or if
-    another process has it, take its name with -2, -3, ... instead.
+    resume: go on in it. Otherwise it must not hold a run's checkpoint.pt or results.json. free_name: then, or if
+    another process has it, take its name with -2, -3, ... instead. Without, that process is waited for: a scheduler
+    may start a job again before its previous process has ended.
     """
     for number in itertools.count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
@@ -332,13 +349,13 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
             try:
                 new = not place.exists()
                 place.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock(place / ".lock", wait=TAKEOVER if resume else 0))
+                held.enter_context(lock(place / ".lock", wait=0 if free_name or is_used(place, resume) else TAKEOVER))
             except BlockingIOError:
                 problem = f"another process is training in {place}"
             except OSError as error:
                 raise UserError(f"cannot make the run folder {place}: {error.strerror}; choose another --run-dir"
                                 ) from None
-            if not problem and not resume and any((place / n).exists() for n in ("checkpoint.pt", "results.json")):
+            if is_used(place, resume):
                 problem = f"{place} has a run in it: choose another --run-name, or go on with --resume {quote(place)}"
             if not problem:
                 try:

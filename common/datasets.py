@@ -34,14 +34,14 @@ from typing import BinaryIO, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets import CIFAR10, MNIST, STL10, CelebA, utils
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+import common
 from common import UserError, WriteError, cache_folder, expand, lock, reason, remove_leftovers, write_atomically
-from common.training import world
+from common.training import wait_for, world
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif",
               ".tiff", ".webp", ".avif", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -50,15 +50,19 @@ VERSION = 2  # of the decoding below; part of the key in a .npy file's name
 Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse a photograph of 200 megapixels
 
 
+turns = itertools.count()  # in all of torchrun's processes the same
+
+
 @contextlib.contextmanager
 def process_zero_first() -> Iterator[None]:
     """Process 0 runs the body alone; then the others run it and find the caches that process 0 wrote."""
     rank, processes = world()
+    done = f"process 0 is done {next(turns)}"
     if rank > 0:
-        dist.barrier()
+        wait_for([done])  # for hours, if need be
     yield
     if rank == 0 and processes > 1:
-        dist.barrier()
+        common.shared_store().set(done, "")
 
 
 @process_zero_first()
@@ -177,8 +181,8 @@ def image_files(path: pathlib.Path, crop: int | None = None) -> tuple[object, Ca
 
 
 def list_images(path: pathlib.Path) -> tuple[list[tuple], collections.Counter, int]:
-    """What `list_zip` or `list_folder` has of images, by name; the other files' endings; how many run folders were
-    passed over. Hidden files are left out. Raises UserError: no images."""
+    """What `list_zip` or `list_folder` has of images, by name; the other files' endings; the number of run folders.
+    Hidden files and what run folders hold of samples are left out. Raises UserError: no images."""
     if not os.path.exists(path):
         raise UserError(f"no such folder or file: {path}; give --data-dir a directory or a .zip of images")
     entries = list_folder(path) if os.path.isdir(path) else list_zip(path)
@@ -567,10 +571,10 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str | p
 
     try:
         (path.parent if one_file else path).mkdir(parents=True, exist_ok=True)
-        if one_file and path.is_dir():
-            raise UserError(f"--out {out} is a folder: choose another name")
-        if one_file:
-            tempfile.TemporaryFile(dir=path.parent).close()  # a folder closed to us is an error before the work
+        if one_file:  # what cannot be written is an error before the work
+            if path.exists():
+                open(path, "ab").close()
+            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
         elif any(path.iterdir()):
             raise UserError(f"{path} is not empty: choose another --out")
         images = []

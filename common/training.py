@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import datetime
 import functools
+import math
 import os
 import pathlib
 import signal
@@ -30,29 +31,29 @@ TrainStep = Callable[[Tensor], dict[str, Tensor]]  # uint8 images [B, C, H, W] -
 def choose_device(name: str, tf32: bool, deterministic: bool) -> torch.device:
     """The device, with PyTorch's switches set. Under torchrun each process joins the others and takes its own GPU.
     Raises UserError: no such device, fewer GPUs than processes, processes that do not come."""
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    several = common.started() > 1
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]) if torchrun else 1, torch.cuda.device_count()
-        if started > gpus:
-            raise UserError(f"torchrun started {started} processes on this machine, which has {gpus} GPUs: lower "
-                            "--nproc-per-node")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if torchrun else 0)
+        gpus = torch.cuda.device_count()
+        if several and int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+            raise UserError(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on this machine, which has "
+                            f"{gpus} GPUs: lower --nproc-per-node")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if several else 0)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-    if torchrun and not dist.is_initialized():
+    if several and not dist.is_initialized():
         # two backends: a flag from the host must not wait for the device
         join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     for tasks, number in (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
                           ("WORLD_SIZE", "RANK")):
-        if not torchrun and int(os.environ.get(tasks, 1)) > 1 and os.environ.get(number) == "0":
-            print(f"{os.environ[tasks]} processes were started without torchrun: each trains a run of its own; one run "
-                  "on several GPUs needs torchrun", file=sys.stderr)
+        if not several and os.environ.get(tasks, "1") not in ("", "1") and os.environ.get(number) == "0":
+            print(f"{os.environ[tasks]} processes were started without torchrun: each does the whole work by itself",
+                  file=sys.stderr)
             break
     return device
 
@@ -89,38 +90,46 @@ def autocast(forward: Callable) -> Callable:
 
 
 # ----------------------------------------------------------------------------------------- torchrun's processes
-JOINING = datetime.timedelta(minutes=5)  # for all to come
+JOINING = 300.0  # seconds in which all must come
 
 
 def join(backend: str) -> None:
-    """Wait for all of torchrun's processes. Raises UserError: some do not come.
+    """Meet torchrun's other processes. Raises UserError: some do not come.
 
-    A process that waits for others here is in C++, where Python hears no signal: so until all have joined, a signal
-    ends it at once. Later they wait for each other as long as a data set may take to decode.
+    PyTorch connects them in C++, where Python hears no signal: so until all have joined, one ends the process at once.
     """
     handlers = {number: signal.getsignal(number) for number in common.SIGNALS}
     for number, handler in handlers.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    rank, processes = int(os.environ["RANK"]), common.started()
     try:
-        store, rank, processes = next(dist.rendezvous("env://", timeout=JOINING))
-        store.set(f"joined {rank}", "")
-        end = time.monotonic() + JOINING.seconds
-        while not store.check([f"joined {other}" for other in range(processes)]):
-            if time.monotonic() > end:
-                raise dist.DistError(f"rank {rank} is here")
-            time.sleep(0.1)
+        try:
+            store = common.shared_store(JOINING)
+            store.set(f"process {rank} is here", "")
+            wait_for([f"process {other} is here" for other in range(processes)], JOINING)
+        except (dist.DistError, TimeoutError) as error:
+            raise UserError(f"not all of torchrun's {processes} processes have come within {JOINING:g} seconds "
+                            f"({reason(error)})") from None
         dist.init_process_group(backend, store=store, rank=rank, world_size=processes,
-                                timeout=datetime.timedelta(days=1))
+                                timeout=datetime.timedelta(minutes=30))  # for a message
         dist.barrier()  # all have read the checkpoint before one writes
-    except dist.DistError as error:
-        raise UserError(f"not all of torchrun's {os.environ['WORLD_SIZE']} processes have come within "
-                        f"{JOINING.seconds} seconds: {reason(error)}") from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    common.peers[:] = [store]
     atexit.register(dist.destroy_process_group)
+
+
+def wait_for(keys: list[str], seconds: float = math.inf) -> None:
+    """Wait until torchrun's other processes have set these keys in the store; in Python, where signals are heard.
+    Raises TimeoutError; UserError: one of them has failed."""
+    store, end = common.shared_store(), time.monotonic() + seconds
+    while not store.check(keys):
+        if store.check(["failed"]):
+            raise UserError("another of torchrun's processes has failed")
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.1)
 
 
 def world() -> tuple[int, int]:
@@ -159,6 +168,16 @@ def update_ema(averaged: nn.Module, network: nn.Module, decay: float) -> None:
     """averaged <- decay averaged + (1 - decay) network, of weights and buffers."""
     for mean, value in zip(averaged.state_dict().values(), network.state_dict().values()):
         mean.lerp_(value, 1 - decay)
+
+
+def agree(value: object) -> bool:
+    """Whether torchrun's processes all have this value, compared by its repr."""
+    if not dist.is_initialized():
+        return True
+    number = zlib.crc32(repr(value).encode())
+    extremes = torch.tensor([number, -number])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return extremes.sum().item() == 0
 
 
 def stopping(signals: list[int]) -> bool:
@@ -287,6 +306,9 @@ def open_run(args, file: Optional[pathlib.Path], default_name: str) -> contextli
     file: the checkpoint that the run goes on from. --evaluate, and of torchrun's processes all but the first, get the
     path alone.
     """
+    local = ("data_dir", "inception_weights")  # each machine may have its own
+    if not agree([value for flag, value in vars(args).items() if flag not in local]):
+        raise UserError("torchrun's processes have different flags: start all with the same command")
     name = args.run_name or f"{default_name}__{args.seed}__{int(time.time())}"
     place = file.parent if file else expand(os.path.join(args.run_dir, name))
     rank, processes = world()
@@ -303,19 +325,13 @@ def open_run(args, file: Optional[pathlib.Path], default_name: str) -> contextli
 def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional[dict]) -> None:
     """Refuse what does not go with the images or the checkpoint; switch off, with a line, what does not work here.
 
-    Refused: processes of torchrun that differ; fewer images than a mini-batch has; fewer iterations than the checkpoint
-    has or, where the learning rate follows a schedule, others than it was begun for.
+    Refused: other images or checkpoints than torchrun's other processes have; fewer images than a mini-batch has; fewer
+    iterations than the checkpoint has or, where the learning rate follows a schedule, others than it was begun for.
     """
     rank, processes = world()
-    if processes > 1:
-        settings = {name: value for name, value in vars(args).items() if name not in ("data_dir", "inception_weights")}
-        begin = (settings, fingerprint(images), checkpoint and checkpoint["iteration"])
-        number = zlib.crc32(repr(begin).encode())
-        extremes = torch.tensor([number, -number])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        if extremes.sum() != 0:
-            raise UserError("torchrun's processes have different flags, images or checkpoints: give all the same, "
-                            "and the run folder on a file system that they share")
+    if not agree((fingerprint(images), checkpoint and checkpoint["iteration"])):
+        raise UserError("torchrun's processes have different images or checkpoints: give all the same data set, and a "
+                        "--run-dir on a file system that they share")
     if checkpoint is not None:
         planned, done = checkpoint["args"]["iterations"], checkpoint["iteration"]
         if getattr(args, "lr_schedule", "constant") != "constant" and args.iterations != planned:

@@ -26,9 +26,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from launcher import torchrun_environment
 from PIL import Image, PngImagePlugin
 
-from common import UserError, datasets, write_atomically
+from common import UserError, datasets, training, write_atomically
 
 FORK = multiprocessing.get_context("fork")
 
@@ -528,8 +529,9 @@ def test_the_home_folder(tmp_path, monkeypatch):
         datasets.load("folder", tmp_path / "photos", 16)
 
 
-def load_as_process(rank, folder, meeting, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+def load_as_process(rank, folder, environment, results):
+    os.environ.update(environment)
+    training.join("gloo")
     decode, decodings = datasets.decode_to_file, []
     datasets.decode_to_file = lambda *args, **kwargs: decodings.append(1) or decode(*args, **kwargs)
     images = datasets.load("folder", folder, 32).numpy().copy()
@@ -539,7 +541,8 @@ def load_as_process(rank, folder, meeting, results):
 
 def test_two_processes_decode_once(tmp_path):
     folder, results = make_data.image_folder(tmp_path / "photos", 4), FORK.Queue()
-    processes = [FORK.Process(target=load_as_process, args=(rank, folder, tmp_path / "meeting", results))
+    _store, environments = torchrun_environment(2)
+    processes = [FORK.Process(target=load_as_process, args=(rank, folder, environments[rank], results))
                  for rank in (1, 0)]
     for process in processes:
         process.start()
@@ -931,7 +934,7 @@ def test_a_generated_file_is_whole_or_not_there(tmp_path, name):
     assert mapped[:] == before != file.read_bytes()
     with pytest.raises(ZeroDivisionError):
         datasets.write_images(lambda n: 1 // 0, 3, file)
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="cannot write"):
         (tmp_path / f"a_{name}").mkdir()
         datasets.write_images(sample, 3, tmp_path / f"a_{name}")
     assert {path.name for path in tmp_path.iterdir()} == {name, f"a_{name}"}

@@ -12,7 +12,7 @@ import time
 import make_data
 import pytest
 import torch
-from launcher import ROOT, Process, run, start_together, wait_for
+from launcher import ROOT, Process, run, start_together, torchrun_environment, wait_for
 from make_runs import arguments, checkpoint, photos, same_checkpoints, scalars
 from scripts import each, each_case, model
 from steps import vector
@@ -173,16 +173,31 @@ def test_a_signal_while_joining(script, data, tmp_path, rank, number):
     assert process.returncode == -number and not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("rank, number", [(0, signal.SIGINT), (1, signal.SIGTERM)])
+@each("gngan_cnn")
+def test_a_signal_while_another_decodes(script, tmp_path, rank, number):
+    """Process 0 waits for the lock of the decoded images, process 1 for process 0: a signal ends either."""
+    source = make_data.image_zip(tmp_path / "photos.zip", 12)
+    with common.lock(tmp_path / ".photos-32px-lock", wait=0):
+        processes = start_together(2, script, *arguments(source, tmp_path, "r"))
+        wait_for(lambda: "waiting for another process" in processes[0].read("err"), processes[0])
+        time.sleep(0.5)
+        for process in (processes[rank], processes[1 - rank]):
+            process.send_signal(number)
+            assert "Traceback" not in process.communicate(timeout=20)[1] and process.returncode == 128 + number
+
+
 def program(folder, body):
     """A program that joins its peers; `rank` is its number."""
     file = folder / "program.py"
     file.write_text(f"""
-import datetime
+import sys
+sys.path.insert(0, {str(ROOT)!r})
 import common
 from common import training
 
 def main():
-    training.JOINING = datetime.timedelta(seconds=3)
+    training.JOINING = 3.0
     training.choose_device("cpu", tf32=False, deterministic=False)
     rank, _ = training.world()
     {body}
@@ -205,11 +220,22 @@ def test_a_fault_of_one(tmp_path):
     processes = start_together(2, program(tmp_path, "1 // (1 - rank); training.average([common.torch.ones(2)])"))
     errors = [process.communicate()[1] for process in processes]
     assert processes[1].returncode == 1 and "ZeroDivisionError" in errors[1] and not errors[0]
-    processes = start_together(2, program(tmp_path, "rank and os.kill(os.getpid(), 9); training.average("
-                                                    "[common.torch.ones(2)])".replace("os.", "common.os.")))
+    killed = "rank and common.os.kill(common.os.getpid(), 9); training.average([common.torch.ones(2)])"
+    processes = start_together(2, program(tmp_path, killed))
     errors = [process.communicate()[1] for process in processes]
-    assert re.fullmatch("program.py: error: another of torchrun's processes has ended: .*\n", errors[0])
+    assert re.fullmatch("program.py: error: no connection to another of torchrun's processes: .*\n", errors[0])
     assert processes[0].returncode == 2 and processes[1].returncode == -9
+
+
+def test_restarts(tmp_path):
+    """Of `torchrun --max-restarts 1`: all join again, and another process that fails then says so, too."""
+    fault = """attempt = int(common.os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if rank == attempt:
+        raise common.UserError(f"process {rank} fails")
+    training.average([common.torch.ones(2)])"""
+    with torchrun("--max-restarts", 1, program(tmp_path, fault)) as process:
+        _, err = process.communicate(timeout=120)
+    assert re.findall("program.py: error: .*", err) == [f"program.py: error: process {rank} fails" for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("own, message", [
@@ -258,10 +284,9 @@ def test_one_process_alone(script, tmp_path):
 
 @pytest.mark.parametrize("variables", [("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
                                        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("WORLD_SIZE", "RANK")])
-@each("gngan_cnn", "gngan_synthetic")
-def test_processes_without_torchrun(script, variables, monkeypatch, capsys):
+def test_processes_without_torchrun(variables, monkeypatch, capsys):
     """`srun -n 2 python SCRIPT` trains two runs: a line says so, once."""
-    for count, number, told in ((2, 0, True), (2, 1, False), (1, 0, False)):
+    for count, number, told in ((2, 0, True), (2, 1, False), (1, 0, False), ("", 0, False)):
         for name, value in zip(variables, (count, number)):
             monkeypatch.setenv(name, str(value))
         training.choose_device("cpu", tf32=False, deterministic=False)
@@ -270,7 +295,8 @@ def test_processes_without_torchrun(script, variables, monkeypatch, capsys):
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    for name, value in {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+    _store, environments = torchrun_environment(3)
+    for name, value in environments[2].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from launcher import torchrun_environment
 from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from common import UserError, cache_folder, figure, metrics
+from common import UserError, cache_folder, figure, metrics, training
 
 FORK = multiprocessing.get_context("fork")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -192,8 +193,9 @@ def test_features_that_were_cut_are_made_anew(quick, tmp_path):
         assert torch.equal(quick(images(10)).real_features, before) and cached.read_bytes() == whole
 
 
-def score_as_process(rank, evaluate, fake, meeting, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+def score_as_process(rank, evaluate, fake, environment, results):
+    os.environ.update(environment)
+    training.join("gloo")
     asked = []
     scores = evaluate().score(in_turn(fake[rank]), 31, num_is=25, stop=lambda: asked.append(1), batch_size=10)
     results.put((rank, scores, len(asked)))
@@ -203,8 +205,9 @@ def score_as_process(rank, evaluate, fake, meeting, results):
 def test_two_processes_score_as_one(quick, tmp_path):
     """Each samples its half, one image more together than are asked for; both have the scores of all."""
     real, fake, results = images(30), images(32, seed=1), FORK.Queue()
+    _store, environments = torchrun_environment(2)
     processes = [FORK.Process(target=score_as_process, args=(
-        rank, lambda: quick(real), (fake[:16], fake[16:]), tmp_path / "meeting", results)) for rank in (0, 1)]
+        rank, lambda: quick(real), (fake[:16], fake[16:]), environments[rank], results)) for rank in (0, 1)]
     for process in processes:
         process.start()
     received = [results.get(timeout=240) for _ in processes]

@@ -83,18 +83,24 @@ def run(script, *arguments, status=0, **kwargs):
     return out, err
 
 
-def start_together(count, script, *arguments, present=None, own=(), **kwargs):
-    """The processes that `torchrun --nproc-per-node COUNT SCRIPT ...` starts, with the environment and the store that
-    it gives. present: the ranks that are started, by default all; own: further arguments of the last."""
+def torchrun_environment(count):
+    """The store that torchrun keeps for its processes, and the variables that it sets for each."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
               "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
               "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    processes = [Process(script, *arguments, *(own if rank == count - 1 else ()),
-                         environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **kwargs)
-                 for rank in (range(count) if present is None else present)]
-    for process in processes:
-        process.store = store  # as long as one of them is there
+    return store, [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def start_together(count, script, *arguments, present=None, own=(), **kwargs):
+    """The processes that `torchrun --nproc-per-node COUNT SCRIPT ...` starts.
+    present: the ranks that are started, by default all; own: further arguments of the last."""
+    store, environments = torchrun_environment(count)
+    processes = []
+    for rank in range(count) if present is None else present:
+        more = own if rank == count - 1 else ()
+        processes.append(Process(script, *arguments, *more, environment=environments[rank], **kwargs))
+        processes[-1].store = store  # as long as one of them is there
     return processes
 
 
