@@ -62,7 +62,7 @@ def run(main: Callable[[], int]) -> NoReturn:
             if received and type(caught).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 # Ctrl-C in a terminal ends the C++ compiler, too, that torch.compile waits for
                 error, status = f"ended by a signal: {reason(caught)}", 128 + received[0]
-            elif type(caught) is RuntimeError and "gloo/transport" in str(caught):
+            elif isinstance(caught, dist.DistNetworkError) or "gloo/transport" in str(caught):
                 error = f"no connection to another of torchrun's processes: {reason(caught)}"
             elif reports():
                 raise
