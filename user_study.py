@@ -20,6 +20,7 @@ import io
 import json
 import logging
 import math
+import os
 import pathlib
 import random
 import re
@@ -536,7 +537,7 @@ def main() -> int:
     if args.chart and not args.chart.lower().endswith(".png"):
         raise UserError(f"--chart {args.chart}: its name ends in .png")
     if args.tally:
-        if args.csv and expand(args.csv).resolve() == expand(args.tally).resolve():
+        if args.csv and os.path.realpath(expand(args.csv)) == os.path.realpath(expand(args.tally)):
             raise UserError(f"--csv {args.csv} is the study: choose another name")
         rows, summary = tally(args.tally)
         print(f"{table(rows)}\n{summary}")

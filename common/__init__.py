@@ -100,7 +100,7 @@ def shared_store(seconds: float = 10) -> dist.Store:
     """What torchrun's processes share. Raises dist.DistError: it is not to be had within `seconds`."""
     if not stores:
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun --max-restarts, which keeps the store
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # on this machine; torchrun may keep its store
         stores.append(dist.PrefixStore(f"attempt {attempt}", store))
     return stores[0]
 
@@ -163,7 +163,8 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
     With --resume, --evaluate or --generate also the checkpoint's path and contents, else None twice. The checkpoint's
     arguments are then the defaults. A flag that replaces one of them, or is new, is printed beside the saved value.
 
-    Raises UserError: two of these three flags, a checkpoint that is missing, damaged or of other flags.
+    Raises UserError: two of these three flags, a checkpoint that is missing, damaged or of other flags, a run folder
+    that another process has.
     """
     def read(**default) -> object:
         if started() == 1 or os.environ["LOCAL_RANK"] == "0":
@@ -172,6 +173,9 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
             return tyro.cli(cls, args=argv, **default)  # of torchrun's processes on a machine one prints tyro's message
 
     args = read()
+    if args.resume is not None:
+        auto = os.path.join(args.run_dir, args.run_name or "")
+        wait_until_free(expand(auto if args.resume == "auto" else args.resume))
     paths = [getattr(args, name, None) for name in ("resume", "evaluate", "generate")]
     paths = [path for path in paths if path is not None]  # an empty path is refused below
     if len(paths) > 1:
@@ -294,7 +298,8 @@ def lock(file: pathlib.Path, wait: float) -> Iterator[None]:
 
     On NFS it holds between machines too. A file system may have no locks: then nobody waits. The system lets go of a
     lock when the process ends, however it ends.
-    Raises BlockingIOError: another process has it for `wait` seconds from now; OSError: no such file can be made.
+    Raises BlockingIOError: another process has it for `wait` seconds from now, or had it and has removed it; OSError:
+    no such file can be made.
     """
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # a file: NFS has no locks of folders
@@ -305,17 +310,18 @@ def lock(file: pathlib.Path, wait: float) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # several users may share a data folder; only its owner may do this
             os.fchmod(descriptor, 0o666)
-        began = None
+        begin, told = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if began is None and wait:
-                    print(f"waiting for another process, which has {file}", file=sys.stderr)
-                began = began or time.monotonic()
-                if time.monotonic() >= began + wait:
+                waited = time.monotonic() - begin
+                if waited >= wait:
                     raise
+                if waited > 1 and not told:
+                    print(f"waiting for another process, which has {file}", file=sys.stderr)
+                    told = True
                 time.sleep(0.1)
             except OSError:
                 break  # a file system without locks
@@ -326,21 +332,12 @@ def lock(file: pathlib.Path, wait: float) -> Iterator[None]:
         os.close(descriptor)
 
 
-TAKEOVER = 60.0  # seconds to wait for the process that has a run folder
-
-
-def is_used(folder: pathlib.Path, resume: bool) -> bool:
-    """Whether a folder has a run in it, and none that goes on."""
-    return not resume and any((folder / name).exists() for name in ("checkpoint.pt", "results.json"))
-
-
 @contextlib.contextmanager
 def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> Iterator[pathlib.Path]:
     """A run folder that no other process trains in until this context ends. One that is made and left empty is removed.
 
-    resume: go on in it. Otherwise it must not hold a run's checkpoint.pt or results.json. free_name: then, or if
-    another process has it, take its name with -2, -3, ... instead. Without, that process is waited for: a scheduler
-    may start a job again before its previous process has ended.
+    resume: go on in it. Otherwise it must not hold a run's checkpoint.pt or results.json; free_name: then, or if
+    another process has it, take its name with -2, -3, ... instead.
     """
     for number in itertools.count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
@@ -349,13 +346,13 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
             try:
                 new = not place.exists()
                 place.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock(place / ".lock", wait=0 if free_name or is_used(place, resume) else TAKEOVER))
+                held.enter_context(lock(place / ".lock", wait=0))
             except BlockingIOError:
                 problem = f"another process is training in {place}"
             except OSError as error:
                 raise UserError(f"cannot make the run folder {place}: {error.strerror}; choose another --run-dir"
                                 ) from None
-            if is_used(place, resume):
+            if not problem and not resume and any((place / n).exists() for n in ("checkpoint.pt", "results.json")):
                 problem = f"{place} has a run in it: choose another --run-name, or go on with --resume {quote(place)}"
             if not problem:
                 try:
@@ -368,6 +365,21 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
                 return
         if not free_name:
             raise UserError(problem)
+
+
+TAKEOVER = 60.0  # seconds
+
+
+def wait_until_free(path: pathlib.Path) -> None:
+    """Wait for the process that trains in a run folder: a scheduler may start a job again before its previous process
+    has ended. path: the folder or a file in it. Raises UserError: that process goes on for `TAKEOVER` seconds."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        if (folder / ".lock").exists():
+            with lock(folder / ".lock", wait=TAKEOVER):
+                pass
+    except BlockingIOError:
+        raise UserError(f"another process is training in {folder}") from None
 
 
 def quote(path: str | os.PathLike) -> str:

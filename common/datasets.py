@@ -48,9 +48,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib",
 NO_IMAGES = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "lost+found"}  # thumbnails, deleted files
 VERSION = 2  # of the decoding below; part of the key in a .npy file's name
 Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse a photograph of 200 megapixels
-
-
-turns = itertools.count()  # in all of torchrun's processes the same
+turns = itertools.count()  # counts alike in all of torchrun's processes
 
 
 @contextlib.contextmanager

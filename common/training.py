@@ -51,7 +51,8 @@ def choose_device(name: str, tf32: bool, deterministic: bool) -> torch.device:
         join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     for tasks, number in (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
                           ("WORLD_SIZE", "RANK")):
-        if not several and os.environ.get(tasks, "1") not in ("", "1") and os.environ.get(number) == "0":
+        alone = os.environ.get(tasks, "") in ("", "1") or os.environ.get(number) != "0"
+        if not alone and "TORCHELASTIC_RUN_ID" not in os.environ:
             print(f"{os.environ[tasks]} processes were started without torchrun: each does the whole work by itself",
                   file=sys.stderr)
             break
@@ -106,8 +107,8 @@ def join(backend: str) -> None:
     try:
         try:
             store = common.shared_store(JOINING)
-            store.set(f"process {rank} is here", "")
-            wait_for([f"process {other} is here" for other in range(processes)], JOINING)
+            store.set(f"process {rank} is here with {backend}", "")
+            wait_for([f"process {other} is here with {backend}" for other in range(processes)], JOINING)
         except (dist.DistError, TimeoutError) as error:
             raise UserError(f"not all of torchrun's {processes} processes have come within {JOINING:g} seconds "
                             f"({reason(error)})") from None

@@ -8,6 +8,7 @@ import pwd
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -392,7 +393,7 @@ def test_two_runs_of_one_name(script, data, tmp_path):
     given = arguments(data, tmp_path, "r", "--iterations", 100000)
     first = Process(script, *given)
     wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), first)
-    check_errors(script, [(["has a run in it"], given)])
+    check_errors(script, [([f"another process is training in {tmp_path / 'r'}"], given)])
     first.send_signal(signal.SIGKILL)
     first.communicate()
     unnamed = Process(script, *given[: given.index("--run-name")], *given[given.index("--run-name") + 2 :])
@@ -418,6 +419,23 @@ def test_a_job_that_begins_again_too_early(script, data, tmp_path):
     second.send_signal(signal.SIGTERM)
     second.communicate()
     assert (first.returncode, second.returncode) == (143, 143) and checkpoint(tmp_path / "r")["iteration"] >= saved > 0
+
+
+@scripts.alike()
+def test_a_first_checkpoint_that_is_waited_for(script, straight, data, tmp_path, monkeypatch):
+    """--resume auto looks for it once the process of before has ended, whose run folder it waits for a minute."""
+    (tmp_path / "r").mkdir()
+    with common.lock(tmp_path / "r/.lock", wait=0):
+        again = Process(script, *arguments(data, tmp_path, "r", *LONG, "--resume", "auto"))
+        wait_for(lambda: "waiting for another process" in again.read("err"), again)
+        shutil.copytree(straight, tmp_path / "r", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+        monkeypatch.setattr(common, "TAKEOVER", 0.3)
+        for given in (["--resume", "auto", "--run-dir", tmp_path, "--run-name", "r"], ["--resume", tmp_path / "r"],
+                      ["--resume", tmp_path / "r/checkpoint.pt"]):
+            with pytest.raises(UserError, match=f"another process is training in {tmp_path / 'r'}$"):
+                script.parse_args([str(a) for a in given])
+    out, _ = again.communicate()
+    assert again.returncode == 0 and f"from iteration {TOTAL}" in out
 
 
 @each("gngan_cnn")
@@ -715,9 +733,8 @@ def test_a_pickle_that_runs_code_is_refused(script, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- common
-def test_run_folders(tmp_path, monkeypatch):
+def test_run_folders(tmp_path):
     """No two at a time in one; a free name is found if none was asked for; an empty one is removed."""
-    monkeypatch.setattr(common, "TAKEOVER", 0.3)
     with common.run_folder(tmp_path / "r", False, free_name=True) as first:
         with pytest.raises(UserError, match=f"another process is training in {tmp_path / 'r'}$"):
             with common.run_folder(tmp_path / "r", resume=True):
