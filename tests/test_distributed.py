@@ -1,12 +1,9 @@
 """The image scripts under torchrun, on the CPU with gloo: two and three processes."""
-import contextlib
 import json
 import os
 import pathlib
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import make_data
@@ -119,30 +116,21 @@ def test_a_signal_to_one_ends_all(script, data, tmp_path):
     assert "go on with --resume" in processes[0].read("out") and not processes[1].read("out")
 
 
-@contextlib.contextmanager
 def torchrun(*command):
-    """torchrun itself, and two processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen([*start, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-
-
-def children(process):
-    return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    """torchrun itself, which starts two processes."""
+    return Process("tests/helpers/torchrun.py", "--standalone", "--nproc-per-node", 2, *command)
 
 
 @each("gngan_cnn")
 def test_one_that_dies_ends_all(script, data, tmp_path):
     """torchrun itself: it stops the others and reports; the last checkpoint is good."""
-    with torchrun(f"{script.SCRIPT}.py", *arguments(data, tmp_path, "r", "--iterations", 100000, "--checkpoint-every",
-                                                    1)) as process:
-        wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists() and checkpoint(tmp_path / "r")["iteration"], process)
-        os.kill(children(process)[-1], signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
+    process = torchrun(ROOT / f"{script.SCRIPT}.py", *arguments(data, tmp_path, "r", "--iterations", 100000,
+                                                                "--checkpoint-every", 1))
+    wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists() and checkpoint(tmp_path / "r")["iteration"], process)
+    pid = process.process.pid
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "Signal 9 (SIGKILL)" in err
     assert common.read_checkpoint(tmp_path / "r", script.SCRIPT)[1]["iteration"] > 0
 
@@ -151,11 +139,11 @@ def test_one_that_dies_ends_all(script, data, tmp_path):
 def test_slurms_signal(script, data, tmp_path):
     """README's option makes torchrun pass SIGUSR1 on: everything is saved."""
     option = re.search(r"--signals-to-handle\s[A-Z1,]+", (ROOT / "README.md").read_text())[0]
-    with torchrun(*option.split(), f"{script.SCRIPT}.py", *arguments(data, tmp_path, "r", "--iterations", 100000)
-                  ) as process:
-        wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), process)
-        process.send_signal(signal.SIGUSR1)
-        out, _ = process.communicate(timeout=120)
+    process = torchrun(*option.split(), ROOT / f"{script.SCRIPT}.py", *arguments(data, tmp_path, "r", "--iterations",
+                                                                                 100000))
+    wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), process)
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=120)
     assert "go on with --resume" in out
     run(script, "--resume", tmp_path / "r", "--iterations", checkpoint(tmp_path / "r")["iteration"] + 1)
 
@@ -228,14 +216,16 @@ def test_a_fault_of_one(tmp_path):
 
 
 def test_restarts(tmp_path):
-    """Of `torchrun --max-restarts 1`: all join again, and another process that fails then says so, too."""
+    """`torchrun --max-restarts` keeps its store: all join again, and another process that fails then says so, too."""
     fault = """attempt = int(common.os.environ["TORCHELASTIC_RESTART_COUNT"])
     if rank == attempt:
         raise common.UserError(f"process {rank} fails")
     training.average([common.torch.ones(2)])"""
-    with torchrun("--max-restarts", 1, program(tmp_path, fault)) as process:
-        _, err = process.communicate(timeout=120)
-    assert re.findall("program.py: error: .*", err) == [f"program.py: error: process {rank} fails" for rank in (0, 1)]
+    store = None
+    for attempt in (0, 1):
+        processes = start_together(2, program(tmp_path, fault), store=store, attempt=attempt)
+        store = processes[0].store
+        assert "".join(finish(processes, 2)) == f"program.py: error: process {attempt} fails\n"
 
 
 @pytest.mark.parametrize("own, message", [
@@ -309,7 +299,7 @@ def test_scores(script, tmp_path):
     """Every process samples its share; one writes."""
     weights = make_data.inception_weights(tmp_path / "inception.pth")
     finish(start_together(2, script, *arguments(photos(tmp_path, 12), tmp_path, "r", "--iterations", 2, "--eval-every",
-                                                2, "--num-fake", 10, "--inception-weights", weights)))
+                                                2, "--num-fake", 10, "--num-real", 4, "--inception-weights", weights)))
     line, = common.read_lines(tmp_path / "r/metrics.jsonl")
     assert line["iteration"] == 2 and line["fid"] > 0
 
@@ -317,8 +307,6 @@ def test_scores(script, tmp_path):
 @each("gngan_cnn")
 def test_evaluate_by_another_number(script, tmp_path):
     """--evaluate takes no mini-batch: the saved --batch-size need not be divisible by its processes."""
-    weights = make_data.inception_weights(tmp_path / "inception.pth")
-    run(script, *arguments(photos(tmp_path, 12), tmp_path, "r", "--iterations", 1, "--num-fake", 10, "--batch-size", 9))
-    processes = start_together(2, script, "--evaluate", tmp_path / "r", "--inception-weights", weights)
-    finish(processes)
-    assert [process.read("out").count('"fid"') for process in processes] == [1, 0]
+    run(script, *arguments(photos(tmp_path, 12), tmp_path, "r", "--iterations", 1, "--batch-size", 9))
+    err = "".join(finish(start_together(2, script, "--evaluate", tmp_path / "r", "--inception-weights", "absent"), 2))
+    assert "absent is not torch-fidelity" in err and "divisible" not in err and err.count("error:") == 1

@@ -565,8 +565,8 @@ def test_kill(tmp_path):
 def test_interval_covers(people, mean, concentration):
     """About 95% of studies, whose participants differ in how often they call an image fake."""
     rng = np.random.default_rng(people)
-    shares = rng.beta(mean * concentration, (1 - mean) * concentration, (2000, people))
-    shown = rng.choice([5, 10], (2000, people), p=[0.1, 0.9])
+    shares = rng.beta(mean * concentration, (1 - mean) * concentration, (1000, people))
+    shown = rng.choice([5, 10], (1000, people), p=[0.1, 0.9])
     marked = rng.binomial(shown, shares)
     low, high = np.array([user_study.interval(m, s) for m, s in zip(marked, shown)]).T
     assert 0.92 <= np.mean((low <= mean) & (mean <= high)) <= 0.985

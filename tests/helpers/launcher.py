@@ -83,19 +83,20 @@ def run(script, *arguments, status=0, **kwargs):
     return out, err
 
 
-def torchrun_environment(count):
-    """The store that torchrun keeps for its processes, and the variables that it sets for each."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def torchrun_environment(count, store=None, attempt=0):
+    """The store that torchrun keeps for its processes, also when it starts them again, and the variables that it sets
+    for each."""
+    store = store or torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-              "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+              "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt),
               "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     return store, [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def start_together(count, script, *arguments, present=None, own=(), **kwargs):
+def start_together(count, script, *arguments, present=None, own=(), store=None, attempt=0, **kwargs):
     """The processes that `torchrun --nproc-per-node COUNT SCRIPT ...` starts.
     present: the ranks that are started, by default all; own: further arguments of the last."""
-    store, environments = torchrun_environment(count)
+    store, environments = torchrun_environment(count, store, attempt)
     processes = []
     for rank in range(count) if present is None else present:
         more = own if rank == count - 1 else ()
