@@ -211,8 +211,7 @@ class Study:
         settings = {"images": sources, "per_method": args.per_method, "pages": args.pages}
         try:
             self.db = sqlite3.connect(expand(args.db).absolute(), isolation_level="IMMEDIATE", check_same_thread=False)
-            new = not self.db.execute("SELECT * FROM sqlite_master").fetchall()
-            if new:
+            if not self.db.execute("SELECT * FROM sqlite_master").fetchall():  # a new file
                 self.db.executescript(f"BEGIN IMMEDIATE; {SCHEMA}")
                 self.db.execute("INSERT INTO study SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM study)",
                                 (json.dumps(settings), secrets.token_hex(4)))
@@ -434,9 +433,9 @@ def interval(marked: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
     """95% interval of a method's share of images marked as fake.
 
     marked, shown: numbers of images by participant, [P]. The votes of one participant depend on each other. To how
-    many independent votes they amount is told by the variance of a ratio of sums over participants; there is one more
-    among them who calls half of the images fake, as shares near 0 or 1 would otherwise hide how people differ. The
-    interval is Wilson's for so many votes, with Student's quantile. docs/mmgan.md has its simulated coverage.
+    many independent votes they amount is told by the variance of a ratio of sums over participants. To these, one who
+    calls half of the images fake is added, since shares near 0 or 1 hide how people differ. The interval is Wilson's
+    for so many votes, with Student's quantile. docs/mmgan.md has its simulated coverage.
     """
     people, votes = len(marked), shown.sum()
     marks, all_shown = np.append(marked, shown.mean() / 2), np.append(shown, shown.mean())
