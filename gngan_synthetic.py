@@ -6,10 +6,10 @@
     python gngan_synthetic.py --method all            # all eight methods: the whole of table 2
     python gngan_synthetic.py --dim 1 --method all    # figure 2 and its video, with four baselines
 
-The networks are tiny, so plain PyTorch spends its time launching operations, not computing. Two
-things make this script fast. All seeds train at once: each loss is written for one seed, and
+The networks are tiny, so plain PyTorch spends its time launching operations, not computing. Three
+things make this script fast. Seeds train at once: each loss is written for one seed, and
 torch.vmap runs it over all of them. One iteration, with its gradients and Adam steps, is one
-function that torch.compile turns into one graph.
+function that torch.compile turns into one graph. Each core trains a share of the seeds.
 
 A method of your own: its losses, and a line in METHODS. What to expect: docs/synthetic.md.
 """
@@ -53,6 +53,9 @@ class Args:
     """The first seed, of initial weights and all draws. Each seed's run is what it would be alone."""
     num_seeds: int = 8
     """How many runs to train at once, with the seeds seed, seed + 1, ..."""
+    processes: Optional[int] = None
+    """Processes that share the seeds, of one thread each. Default: one a core (or OMP_NUM_THREADS), at
+    most one a seed. On a GPU and by default on macOS: 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     compile: bool = True
@@ -95,11 +98,12 @@ class Args:
     score: the sigmoid score's.
     l2: the logit's.
     rms: the logit's by root mean square over coordinates, as in the authors' code."""
-    autoencoder_updates: Literal["both", "separate", "encoder"] = "separate"
+    autoencoder_updates: Optional[Literal["both", "separate", "encoder"]] = None
     """What the autoencoder's update trains in GN-GAN and Dist-GAN.
     both: E and G, with one Adam for both updates of G.
-    separate: E and G, with an Adam of its own for this update of G [authors' 2D code].
-    encoder: E alone."""
+    separate: E and G, with an Adam of its own for this update of G.
+    encoder: E alone.
+    Default: distgan separate [authors' 2D code]; gngan both [ours]."""
     critic_steps: Optional[int] = None
     """D updates an iteration, each on its own mini-batch.
     Default: distgan, wgangp 5 in 2D, 3 in 1D [authors' code]; gan 2, ali 5 [tuned]; others 1."""
@@ -141,9 +145,10 @@ def resolve(args: Args, name: str) -> Args:
     defaults = {"hidden_dim": (64, 4), "epochs": (500, 100), "batch_size": (128, 64),
                 "lr_decay": (0.99, 1.0), "beta1": (0.8, 0.5), "beta2": (0.999, 0.9)}  # 2D, 1D
     if name != "all":
-        smoothing = METHODS[name].label_smoothing
-        defaults["critic_steps"] = METHODS[name].critic_steps
-        defaults["label_smoothing"] = (smoothing, smoothing)
+        method = METHODS[name]
+        defaults["critic_steps"] = method.critic_steps
+        defaults["label_smoothing"] = (method.label_smoothing, method.label_smoothing)
+        defaults["autoencoder_updates"] = (method.autoencoder_updates, method.autoencoder_updates)
     for field, (in_2d, in_1d) in defaults.items():
         if getattr(args, field) is None:
             setattr(args, field, in_2d if args.dim == 2 else in_1d)
@@ -279,35 +284,48 @@ def to_logits(x: Tensor) -> Tensor:
     return x[:, 0]
 
 
-def init_mlp(sizes: list[int], rng: torch.Generator) -> Params:
-    """Weights N(0, 2 / fan_in) [authors' 2D code], biases U(-1, 1) / sqrt(fan_in) [ours].
+def init_mlp(sizes: list[int], inputs: Tensor, rng: torch.Generator) -> Params:
+    """Weights N(0, 2 / fan_in) [authors' 2D code], biases U(-1, 1) / sqrt(fan_in) but in the first layer [ours].
 
-    Zero biases would start all kinks of a first layer's ReLUs at (0, 0), a corner of the 2D data.
+    There each unit switches on at one of `inputs` [H, in], so that the units' kinks lie all over them. Zero
+    biases would put all kinks through (0, 0), a corner of the 2D data, whose other end is then learned last.
     """
     params = {}
     for k, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
         params[f"w{k}"] = torch.randn(fan_in, fan_out, generator=rng) * math.sqrt(2 / fan_in)
         params[f"b{k}"] = uniform(fan_out, rng=rng) * (1 / math.sqrt(fan_in))
+    params["b0"] = -(inputs * params["w0"].mT).sum(-1)
     return params
 
 
-def init_networks(args: Args, device: torch.device) -> Networks:
-    """The networks of args.method, drawn on the CPU, so that every device starts from the same weights."""
-    method = METHODS[args.method]
+def init_networks(args: Args) -> Networks:
+    """The networks of args.method, on the CPU, so that every device starts from the same weights."""
+    problem, method = make_problem(args.dim), METHODS[args.method]
+    low, high = problem.points.amin(0), problem.points.amax(0)
     hidden = [args.hidden_dim] * args.hidden_layers
-    sizes = {"generator": [args.dim, *hidden, args.dim]}
-    if "autoencoder" in method.objectives or "encoder" in method.objectives:
-        outputs = 2 * args.dim if method.stochastic_encoder else args.dim
-        sizes["encoder"] = [args.dim, *hidden, outputs]
-    if "discriminator" in method.objectives:
-        inputs = 2 * args.dim if method.judges_pairs else args.dim
-        sizes["discriminator"] = [inputs, *(hidden if args.dim == 2 else hidden[1:]), 1]
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    networks = {}
-    for name, widths in sizes.items():
-        mlps = [init_mlp(widths, rng) for rng in rngs]
-        networks[name] = {k: torch.stack([params[k] for params in mlps]).to(device) for k in mlps[0]}
+
+    def init_seed(seed: int) -> Networks:
+        rng = torch.Generator().manual_seed(seed)
+
+        def x() -> Tensor:
+            return low + (high - low) * torch.rand(args.hidden_dim, args.dim, generator=rng)
+
+        def z() -> Tensor:
+            return (method.prior or problem.prior)(args.hidden_dim, args.dim, rng=rng)
+
+        networks = {"generator": init_mlp([args.dim, *hidden, args.dim], z(), rng)}
+        if "autoencoder" in method.objectives or "encoder" in method.objectives:
+            outputs = 2 * args.dim if method.stochastic_encoder else args.dim
+            networks["encoder"] = init_mlp([args.dim, *hidden, outputs], x(), rng)
+        if "discriminator" in method.objectives:
+            inputs = torch.cat([x(), z()], -1) if method.judges_pairs else x()
+            layers = hidden if args.dim == 2 else hidden[1:]
+            networks["discriminator"] = init_mlp([inputs.shape[-1], *layers, 1], inputs, rng)
+        return networks
+
+    seeds = [init_seed(seed) for seed in range(args.seed, args.seed + args.num_seeds)]
+    networks = {name: {k: torch.stack([seed[name][k] for seed in seeds]) for k in params}
+                for name, params in seeds[0].items()}
     if args.ema:
         networks["generator_ema"] = {k: v.clone() for k, v in networks["generator"].items()}
     return networks
@@ -540,6 +558,7 @@ class Method:
     paper: Optional[list[tuple[float, float]]] = None  # table 2: modes, points, TV true, TV diff
     critic_steps: tuple[int, int] = (1, 1)  # default of --critic-steps in 2D, in 1D
     label_smoothing: float = 0.0  # default of --label-smoothing
+    autoencoder_updates: str = "both"  # default of --autoencoder-updates
     prior: Optional[Prior] = None  # of z in training and sampling, instead of the problem's
     stochastic_encoder: bool = False  # E gives mean and log-variance
     judges_pairs: bool = False  # D's input is (x, z)
@@ -581,7 +600,7 @@ METHODS = {
         "Dist-GAN", {"autoencoder": distgan_autoencoder, "discriminator": reconstructing_discriminator,
                      "generator": distgan_generator},
         paper=[(20.71, 4.42), (1188.62, 311.91), (0.82, 0.19), (0.43, 0.12)],
-        critic_steps=(5, 3)),
+        critic_steps=(5, 3), autoencoder_updates="separate"),
     "gngan": Method(
         "GN-GAN", {"autoencoder": gngan_autoencoder, "discriminator": reconstructing_discriminator,
                    "generator": gngan_generator},
@@ -612,7 +631,7 @@ def init_optimizers(args: Args, networks: Networks) -> dict[str, dict]:
     for update in METHODS[args.method].objectives:
         for network, name in optimizers_of(args, update).items():
             params = networks[network]
-            optimizers[name] = {"step": torch.zeros((), device=params["w0"].device),
+            optimizers[name] = {"step": torch.zeros(()),
                                 "m": {k: torch.zeros_like(v) for k, v in params.items()},
                                 "v": {k: torch.zeros_like(v) for k, v in params.items()}}
     return optimizers
@@ -762,6 +781,61 @@ def density_and_score(args: Args, networks: Networks, epoch: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------- loop
+def make_share(args: Args, state: dict, device: torch.device, compiled: bool) -> Callable[[int, int], dict]:
+    """`train_share(first, last)` trains args' seeds, which are one process's share of a run's, from
+    iteration `first` to before `last`. It returns the state after that, with the last losses.
+
+    state: {"networks": ..., "optimizers": ...} to begin with, of these seeds.
+    """
+    state = map_state(state, lambda value: value.to(device))
+    lr = torch.tensor(args.lr, device=device)
+    train_step = make_train_step(args, state["networks"], state["optimizers"], lr)
+    if compiled:
+        train_step = torch.compile(train_step, fullgraph=True, dynamic=False)
+    length = epoch_length(args)
+    drawn: tuple[int, list] = (-1, [])  # an epoch and its draws
+
+    def train_share(first: int, last: int) -> dict:
+        nonlocal drawn
+        for iteration in range(first, last):
+            epoch, position = divmod(iteration, length)
+            if drawn[0] != epoch:
+                drawn = epoch, [values.to(device).unbind(0) for values in draw_epoch(args, epoch)]
+            lr.fill_(learning_rate(args, iteration))
+            losses = train_step(Draws(*(values[position] for values in drawn[1])))
+        return map_state({**state, "losses": losses}, lambda value: value.numpy(force=True))
+
+    return train_share
+
+
+def make_shares(args: Args, state: dict, device: torch.device, compiled: bool) -> list[Callable[[int, int], dict]]:
+    """The seeds' shares, args.processes many and equally large, so that one graph serves all. Where the
+    seeds do not divide, spare places of the last hold copies of other seeds, which nobody looks at."""
+    size = math.ceil(args.num_seeds / args.processes)
+    shares = []
+    for first in range(0, args.num_seeds, size):
+        seeds = [seed % args.num_seeds for seed in range(first, first + size)]
+        own_state = map_state(state, lambda value, seeds=seeds: value[seeds] if value.ndim else value.clone())
+        own_args = dataclasses.replace(args, seed=args.seed + first, num_seeds=size)
+        shares.append(make_share(own_args, own_state, device, compiled))
+    return shares
+
+
+def map_state(state: dict, convert: Callable) -> dict:
+    """Nested dictionaries with each value converted."""
+    return {key: map_state(value, convert) if isinstance(value, dict) else convert(value)
+            for key, value in state.items()}
+
+
+def join_shares(shares: list[dict], num_seeds: int) -> dict:
+    """The state of all seeds from that of each share. What seeds have in common, Adam's count of steps, is
+    the same in all shares."""
+    first = shares[0]
+    if isinstance(first, dict):
+        return {key: join_shares([share[key] for share in shares], num_seeds) for key in first}
+    return torch.tensor(np.concatenate(shares)[:num_seeds] if first.ndim else first)
+
+
 def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Optional[dict],
           header: dict, signals: list[int]) -> dict:
     """Train args.method from the checkpoint, or the start, to its end or a signal in `signals`.
@@ -769,24 +843,26 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
     header: what a checkpoint of the run holds beside this method's state. Returns what table and
     pictures need: {"iteration", "seconds", "networks": weights, "frames": figure 2's, one an epoch}.
     """
-    # Networks, optimisers, the step
-    networks = init_networks(args, device)
-    optimizers = init_optimizers(args, networks)
+    # Networks and optimisers of all seeds
+    networks = init_networks(args)
+    state = {"networks": networks, "optimizers": init_optimizers(args, networks)}
     start, seconds, begin = 0, 0.0, time.perf_counter()
     losses: Terms = {}
     frames: list[Tensor] = []
     if checkpoint is not None:
-        training.restore_tensors(checkpoint, {"networks": networks, "optimizers": optimizers})
+        training.restore_tensors(checkpoint, state)
         start, seconds = checkpoint["iteration"], checkpoint["seconds"]
         losses, frames = checkpoint["losses"], checkpoint["frames"]
-    lr = torch.tensor(args.lr, device=device)
-    train_step = make_train_step(args, networks, optimizers, lr)
     length = epoch_length(args)
     total = args.epochs * length
     compiled = args.compile and total >= COMPILE_FROM  # the whole length: a resumed run computes the same
     if compiled:
         torch.compiler.reset()  # the methods share one code object; its cache holds eight variants
-        train_step = torch.compile(train_step, fullgraph=True, dynamic=False)
+    shares = make_shares(args, state, device, compiled)
+
+    def compile_once() -> None:  # a copy's iteration: the processes that are forked then have the graph
+        if compiled:
+            make_shares(args, state, device, compiled)[0](start, start + 1)
 
     # What is shown
     title = METHODS[args.method].title
@@ -799,8 +875,10 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
     bar = tqdm(total=total, initial=start, desc=title, unit="it", mininterval=0.5, dynamic_ncols=True,
                postfix="compiling" if compiled else None)
 
-    with writer, bar:
-        for iteration in range(start, total + 1):
+    state["losses"] = losses
+    iteration, block = start, 1
+    with writer, bar, training.Workers(shares, compile_once, folder) as train_shares:
+        while True:
             epoch, position = divmod(iteration, length)
             last = iteration == total or bool(signals)
             epoch_begins = position == 0
@@ -810,13 +888,12 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
 
             # Checkpoint
             if epoch_begins or last:
-                weights = training.flatten(networks)
-                training.check_finite(weights, f"iteration {iteration} (epoch {epoch})", folder)
+                networks = state["networks"]
+                training.check_finite(training.flatten(networks), f"iteration {iteration} (epoch {epoch})", folder)
             if unwritten and save:
                 writer.flush()
                 contents = {**header, "iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
-                            "method": args.method, "networks": networks, "optimizers": optimizers,
-                            "losses": losses, "frames": frames}
+                            "method": args.method, **state, "frames": frames}
                 common.write_atomically(
                     folder / "checkpoint.pt", functools.partial(torch.save, contents),
                     advice=f"make room and go on with --resume {common.quote(folder)}; ")
@@ -833,7 +910,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                     os.fsync(file.fileno())  # before the next checkpoint: a line that is cut is made again
                 for name, value in scores.items():
                     writer.add_scalar(f"metrics/{name}", np.mean(value), epoch)
-                for name, value in losses.items():
+                for name, value in state["losses"].items():
                     writer.add_scalar(f"losses/{name}", value.mean().item(), epoch)
                 rate = training.images_per_second(bar, batch_size=1)
                 if rate is not None:
@@ -842,22 +919,22 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 bar.set_postfix(modes=f"{np.mean(scores['modes']):.1f}",
                                 points=f"{np.mean(scores['points']):.0f}", refresh=False)
 
-            # Train
+            # Train, until the next epoch or for about half a second: a signal waits for that
             if last:
                 break
-            if epoch_begins or iteration == start:
-                batches = [values.to(device).unbind(0) for values in draw_epoch(args, epoch)]
-            lr.fill_(learning_rate(args, iteration))
-            losses = train_step(Draws(*(values[position] for values in batches)))
-            bar.update()
+            stop, block_begin = min(iteration + block, (epoch + 1) * length), time.perf_counter()
+            state = join_shares(train_shares(iteration, stop), args.num_seeds)
+            if time.perf_counter() - block_begin < 0.5:
+                block = min(2 * block, length)
+            bar.update(stop - iteration)
+            iteration = stop
 
-    networks = {name: {k: v.cpu() for k, v in params.items()} for name, params in networks.items()}
     return {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
-            "networks": networks, "frames": frames}
+            "networks": state["networks"], "frames": frames}
 
 
 # ------------------------------------------------------------------------------ arguments and files
-RANGES = {"seed": "[0, 2147483648)", "num_seeds": "[1, inf)", "hidden_dim": "[1, inf)",
+RANGES = {"seed": "[0, 2147483648)", "num_seeds": "[1, inf)", "processes": "[1, inf)", "hidden_dim": "[1, inf)",
           "hidden_layers": "[1, inf)", "ema": "[0, 1)", "lambda_p": "[0, inf)",
           "lambda_m1": "[0, inf)", "lambda_m2": "[0, inf)", "lambda_r": "[0, inf)", "alpha": "[0, 1)",
           "critic_steps": "[1, inf)", "label_smoothing": "[0, 1)", "vae_sigma": "(0, inf)",
@@ -981,6 +1058,13 @@ def main() -> int:
     problem, methods = make_problem(args.dim), methods_of(args.dim, args.method)
     total = args.epochs * epoch_length(args)
     saved = dataclasses.asdict(args)
+    processes = args.processes or (torch.get_num_threads() if sys.platform == "linux" else 1)  # macOS: forks may crash
+    if device.type == "cuda":
+        processes = 1
+    else:
+        torch.set_num_threads(1)  # threads would wait for each other some fifty times an iteration
+    share = math.ceil(args.num_seeds / processes)
+    args.processes = math.ceil(args.num_seeds / share)
     if args.compile and total >= COMPILE_FROM:
         args.compile = training.compiles(device)
     name = args.run_name or f"synthetic{args.dim}d__{SCRIPT}__{args.seed}__{int(time.time())}"
@@ -1001,8 +1085,8 @@ def main() -> int:
         common.on_signals(signals.append)
         titles = ", ".join(METHODS[method].title for method in methods)
         print(f"{folder}: {len(problem.points):,} points of {len(problem.centers)} Gaussians in {args.dim}D, "
-              f"{args.num_seeds} seeds of {titles}, on {training.describe(device)}; to watch: tensorboard "
-              f"--logdir {common.quote(folder)}")
+              f"{args.num_seeds} seeds of {titles}, {share} a process, on {training.describe(device)}; "
+              f"to watch: tensorboard --logdir {common.quote(folder)}")
 
         for method in methods:
             if method in models or signals:

@@ -7,12 +7,16 @@ import contextlib
 import datetime
 import functools
 import math
+import multiprocessing
 import os
 import pathlib
+import pickle
 import signal
 import sys
 import time
+import traceback
 import zlib
+from multiprocessing.connection import Connection
 from typing import Callable, Iterable, Optional
 
 import numpy as np
@@ -88,6 +92,70 @@ def autocast(forward: Callable) -> Callable:
             return forward(network, x, *rest)
 
     return wrapped
+
+
+# ------------------------------------------------------------------------------------------ forked processes
+class Workers:
+    """Functions that are called at once, each in a process of its own; one alone in this process.
+
+    The processes are forked at the first call, after `prepare`: what it compiles they have. They hear no signals, and
+    end with this process, however it ends. folder: what an error says to --resume.
+    """
+
+    def __init__(self, functions: list[Callable], prepare: Callable[[], object], folder: pathlib.Path):
+        self.functions, self.prepare, self.folder = functions, prepare, folder
+        self.workers: list[tuple[int, Connection]] = []  # process ids and ends of pipes
+
+    def __call__(self, *given) -> list:
+        """The functions' results for the same arguments. Raises UserError: a process was killed."""
+        if len(self.functions) == 1:
+            return [self.functions[0](*given)]
+        if not self.workers:
+            self.prepare()
+            for function in self.functions:
+                self.workers.append(fork(function))
+        try:
+            for _, connection in self.workers:
+                connection.send_bytes(pickle.dumps(given))
+            results = [pickle.loads(connection.recv_bytes()) for _, connection in self.workers]
+        except (EOFError, ConnectionError):
+            raise UserError("one of the run's processes was killed (out of memory?): go on with --resume "
+                            f"{quote(self.folder)}") from None
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error) -> None:
+        for process, connection in self.workers:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            connection.close()
+
+
+def fork(function: Callable) -> tuple[int, Connection]:
+    """A process that calls the function with what comes through a pipe, and sends the result: its id and the pipe."""
+    connection, other_end = multiprocessing.Pipe()
+    process = os.fork()
+    if process > 0:
+        other_end.close()
+        return process, connection
+    try:
+        for number in common.SIGNALS:  # a terminal's Ctrl-C goes to all its processes
+            signal.signal(number, signal.SIG_IGN)
+        connection.close()  # while a copy of the parent's end is open, its end is not seen
+        while True:
+            given = pickle.loads(other_end.recv_bytes())
+            try:
+                result = function(*given)
+            except Exception:
+                result = RuntimeError(traceback.format_exc())
+            other_end.send_bytes(pickle.dumps(result))
+    finally:
+        os._exit(0)  # whatever happened, most likely that the parent has ended
 
 
 # ----------------------------------------------------------------------------------------- torchrun's processes

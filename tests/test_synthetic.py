@@ -1,6 +1,7 @@
 """gngan_synthetic.py: data, draws, metrics, each method's training step against a plain reference, the
 script as users run it and fork it."""
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from PIL import Image
 from reference_synthetic import Reference
 from scripts import each
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.backends.common import aot_autograd
 
 from common import UserError, pictures, training
 
@@ -37,7 +40,7 @@ def make_args(script, method="gngan", dim=2, **changes):
 
 def start(script, args):
     """Networks, optimisers and training step."""
-    networks = script.init_networks(args, CPU)
+    networks = script.init_networks(args)
     optimizers = script.init_optimizers(args, networks)
     step = script.make_train_step(args, networks, optimizers, torch.tensor(args.lr))
     return networks, optimizers, step
@@ -92,7 +95,7 @@ def test_a_seed_is_what_it_would_be_alone(script):
     """Initial weights, an epoch's draws and an evaluation's are functions of the seed and the epoch."""
     three = make_args(script, "vaegan", num_seeds=3, seed=1, batch_size=500)
     one = make_args(script, "vaegan", num_seeds=1, seed=3, batch_size=500)
-    networks_of_three, networks_of_one = script.init_networks(three, CPU), script.init_networks(one, CPU)
+    networks_of_three, networks_of_one = script.init_networks(three), script.init_networks(one)
     for key, value in flat(networks_of_one).items():
         assert torch.equal(flat(networks_of_three)[key][2], value[0])
     again, other_epoch = script.draw_epoch(one, 0), script.draw_epoch(one, 1)
@@ -103,6 +106,19 @@ def test_a_seed_is_what_it_would_be_alone(script):
         assert torch.equal(same, of_one) and not torch.equal(other, of_one)
     samples = script.sample_points(three, networks_of_three, 5, 10)
     torch.testing.assert_close(samples[2], script.sample_points(one, networks_of_one, 5, 10)[0])
+
+
+@pytest.mark.parametrize("dim,method", [(2, "gngan"), (2, "ali"), (1, "vaegan")])
+def test_kinks_lie_among_the_inputs(script, dim, method):
+    """Each unit of a first layer is on for some of its network's inputs and off for others."""
+    args = make_args(script, method, dim, num_seeds=1, hidden_dim=64, batch_size=6400)
+    draws = script.Draws(*(values[0, 0, 0] for values in script.draw_epoch(args, 0)))
+    for name, params in script.init_networks(args).items():
+        inputs = draws.z if name == "generator" else draws.x
+        if params["w0"].shape[1] == 2 * dim:
+            inputs = torch.cat([draws.x, draws.z], -1)
+        on = (inputs @ params["w0"][0] + params["b0"][0] > 0).float().mean(0)
+        assert ((0 < on) & (on < 1)).float().mean() > 0.9 and 0.35 < on.mean() < 0.65  # some at the data's border
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -185,7 +201,7 @@ def test_terms_are_those_of_the_loss(script):
 
 
 def test_gradients_stay_finite_for_identical_points_and_dead_units(script):
-    params = script.init_mlp([2, 8, 8, 1], torch.Generator().manual_seed(0))
+    params = script.init_mlp([2, 8, 8, 1], torch.rand(8, 2), torch.Generator().manual_seed(0))
     dead = {**params, "w0": params["w0"] * 0, "b0": params["b0"] * 0 - 1}
     x, mix = torch.full((4, 2), 0.3), torch.full((4, 1), 0.5)
 
@@ -402,6 +418,133 @@ def test_resume_in_the_middle_of_a_2d_run(script, tmp_path):
     assert_same(*(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab"),
                 but=("seconds", "run_name"))
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------- processes
+FIVE = ["--dim", "1", "--num-seeds", "5", "--batch-size", "1600", "--ema", "0.9"]
+LONG = ["--dim", "1", "--num-seeds", "5", "--processes", "3", "--epochs", "6", "--checkpoint-every", "2"]  # some seconds
+
+
+def read_checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def test_seeds_over_processes(script, tmp_path):
+    """A seed trains as in any run whose processes have as many seeds each, bit for bit; else up to rounding. The last
+    share's spare places leave no trace."""
+    def train(name, share, *flags):
+        out, _ = run(script, *FIVE, "--epochs", 3, "--run-dir", tmp_path, "--run-name", name, *flags)
+        assert f", {share} a process, on the CPU" in out.splitlines()[0]
+        saved = read_checkpoint(tmp_path / name)
+        return flat([saved["networks"], saved["optimizers"], saved["losses"]])
+
+    together = train("two", 3, "--processes", 2)
+    for seed, own in ((1, slice(0, 3)), (4, slice(3, 5))):
+        apart = train(f"from{seed}", 3, "--seed", seed, "--num-seeds", 3, "--processes", 1)
+        for key, value in together.items():
+            if value.ndim:
+                assert len(value) == 5 and torch.equal(value[own], apart[key][: len(value[own])]), key
+    for processes, share in ((1, 5), (4, 2), (99, 1)):
+        for key, value in train(f"{processes}", share, "--processes", processes).items():
+            torch.testing.assert_close(value, together[key], rtol=1e-3, atol=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    assert all(len(line[key]) == 5 for line in lines for key in ("modes", "points_ema"))
+
+
+def test_resume_with_another_number_of_processes(script, tmp_path):
+    run(script, *FIVE, "--epochs", 4, "--processes", 2, "--run-dir", tmp_path, "--run-name", "a")
+    run(script, *FIVE, "--epochs", 2, "--processes", 2, "--run-dir", tmp_path, "--run-name", "b")
+    run(script, "--resume", tmp_path / "b", "--epochs", 4, "--processes", 4)
+    a, b = (read_checkpoint(tmp_path / name) for name in "ab")
+    for key, value in flat([a["networks"], a["optimizers"]]).items():
+        torch.testing.assert_close(flat([b["networks"], b["optimizers"]])[key], value, rtol=1e-3, atol=1e-5)
+
+
+def workers_of(process):
+    pid = process.process.pid
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def long_run(script, tmp_path_factory):
+    """The folder of a run of LONG that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("long")
+    run(script, *LONG, "--run-dir", folder, "--run-name", "r")
+    return folder / "r"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one process by default; /proc")
+@pytest.mark.parametrize("number,to,status", [
+    (signal.SIGKILL, [1], 2), (signal.SIGKILL, [3], 2), (signal.SIGKILL, [0], -9), (signal.SIGINT, [0, 1, 2, 3], 130),
+    (signal.SIGTERM, [0, 1, 2, 3], 143), (signal.SIGHUP, [0], 129)])
+def test_a_signal_to_some_of_the_processes(script, tmp_path, long_run, number, to, status):
+    """One line, no process left behind; resumed, the run is what it would be if left alone, bit for bit."""
+    process = Process(script, *LONG, "--run-dir", tmp_path, "--run-name", "r")
+    metrics = tmp_path / "r/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, process)
+    pids = [process.process.pid, *workers_of(process)]
+    assert len(pids) == 4
+    for index in to:
+        os.kill(pids[index], number)
+    out, err = process.communicate()
+    assert process.returncode == status, err
+    last = re.split("[\r\n]", err.strip())[-1]
+    if status == 2:
+        assert last.startswith(f"{script.SCRIPT}.py: error: one of the run's processes was killed"), err
+    if status >= 2:
+        assert f"go on with --resume {tmp_path / 'r'}" in (last if status == 2 else out) and "Traceback" not in err
+    deadline = time.time() + 10
+    while any(map(is_alive, pids)):
+        assert time.time() < deadline, "a process is left behind"
+        time.sleep(0.01)
+    assert 200 <= read_checkpoint(tmp_path / "r")["iteration"] < 600
+    run(script, "--resume", tmp_path / "r")
+    assert_same(read_checkpoint(tmp_path / "r"), read_checkpoint(long_run), but=("seconds", "run_dir"))
+    assert metrics.read_text() == (long_run / "metrics.jsonl").read_text()
+
+
+def test_an_error_in_one_of_the_processes(script, tmp_path):
+    """A fork's fault, in the last share alone: its traceback is shown, and no process is left."""
+    text = pathlib.Path(script.__file__).read_text()
+    mark = "            lr.fill_(learning_rate(args, iteration))\n"
+    assert text.count(mark) == 1
+    fault = "            if args.seed > 2:\n                raise ValueError(f'a fault of {os.getpid()}')\n"
+    (tmp_path / "my_fork.py").write_text(text.replace(mark, fault + mark))
+    _, err = run(str(tmp_path / "my_fork.py"), *FIVE, "--epochs", 2, "--processes", 3, "--run-dir", tmp_path, status=1)
+    assert "in train_share" in err
+    assert not is_alive(int(re.search("ValueError: a fault of ([0-9]+)", err)[1]))
+
+
+def test_the_graph_is_compiled_once(script, tmp_path, monkeypatch):
+    """Not in every process: those that are forked have it."""
+    log = tmp_path / "log"
+
+    def compiler(graph, inputs):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=compiler)  # in place of inductor
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    args = dataclasses.replace(make_args(script, num_seeds=5, hidden_layers=1, batch_size=12500), processes=3)
+    networks = script.init_networks(args)
+    state = {"networks": networks, "optimizers": script.init_optimizers(args, networks)}
+
+    def shares():
+        return script.make_shares(args, state, CPU, compiled=True)
+
+    with training.Workers(shares(), lambda: shares()[0](0, 1), tmp_path) as workers:
+        for iteration in range(3):
+            states = workers(iteration, iteration + 1)
+    assert len(states) == 3 and log.read_text() == f"{os.getpid()}\n"
 
 
 @pytest.mark.parametrize("arguments,words", [

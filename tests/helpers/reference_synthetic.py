@@ -63,8 +63,9 @@ class Reference:
         point = (mix * x + (1 - mix) * fake).detach().requires_grad_()
         out = self.D(point) if self.args.penalty == "score" else self.logit(point)
         grad, = torch.autograd.grad(out.sum(), point, create_graph=True)
-        square = grad**2
-        slope = (square.mean(1) if self.args.penalty == "rms" else square.sum(1)).sqrt()
+        slope = grad.norm(dim=1)  # its derivative at 0, where units are dead, is 0
+        if self.args.penalty == "rms":
+            slope = slope / x.shape[1] ** 0.5
         return ((slope - 1) ** 2).mean()
 
     def score_gradient(self, x):
