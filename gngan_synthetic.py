@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
@@ -54,8 +55,8 @@ class Args:
     num_seeds: int = 8
     """How many runs to train at once, with the seeds seed, seed + 1, ..."""
     processes: Optional[int] = None
-    """Processes that share the seeds, of one thread each. Default: one a core (or OMP_NUM_THREADS), at
-    most one a seed. On a GPU and by default on macOS: 1."""
+    """Processes that share the seeds, of one thread each, at most one a seed; on a GPU always 1.
+    Default: one a core, or OMP_NUM_THREADS; on macOS 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     compile: bool = True
@@ -809,7 +810,7 @@ def make_share(args: Args, state: dict, device: torch.device, compiled: bool) ->
 
 
 def make_shares(args: Args, state: dict, device: torch.device, compiled: bool) -> list[Callable[[int, int], dict]]:
-    """The seeds' shares, args.processes many and equally large, so that one graph serves all. Where the
+    """The seeds' shares, at most args.processes many, equally large, so that one graph serves all. Where
     seeds do not divide, spare places of the last hold copies of other seeds, which nobody looks at."""
     size = math.ceil(args.num_seeds / args.processes)
     shares = []
@@ -860,9 +861,10 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
         torch.compiler.reset()  # the methods share one code object; its cache holds eight variants
     shares = make_shares(args, state, device, compiled)
 
-    def compile_once() -> None:  # a copy's iteration: the processes that are forked then have the graph
+    def prepare() -> None:  # once, for all processes that are forked then
+        importlib.import_module("torch._dynamo")  # torch.func needs it, too: two seconds
         if compiled:
-            make_shares(args, state, device, compiled)[0](start, start + 1)
+            make_shares(args, state, device, compiled)[0](start, start + 1)  # of copies
 
     # What is shown
     title = METHODS[args.method].title
@@ -877,7 +879,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
 
     state["losses"] = losses
     iteration, block = start, 1
-    with writer, bar, training.Workers(shares, compile_once, folder) as train_shares:
+    with writer, bar, training.Workers(shares, prepare, folder) as train_shares:
         while True:
             epoch, position = divmod(iteration, length)
             last = iteration == total or bool(signals)
@@ -924,8 +926,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 break
             stop, block_begin = min(iteration + block, (epoch + 1) * length), time.perf_counter()
             state = join_shares(train_shares(iteration, stop), args.num_seeds)
-            if time.perf_counter() - block_begin < 0.5:
-                block = min(2 * block, length)
+            block = max(1, int(0.5 * (stop - iteration) / (time.perf_counter() - block_begin)))
             bar.update(stop - iteration)
             iteration = stop
 
@@ -962,7 +963,7 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
         raise UserError(f"{file} is not a checkpoint of {SCRIPT}.py")
     fixed = {"method", "dim", "seed", "batch_size"}  # an epoch, say, stays what it is
     if checkpoint.get("finished"):  # a table's methods are trained alike
-        fixed = checkpoint["args"].keys() - {"device", "compile", "checkpoint_every"}
+        fixed = checkpoint["args"].keys() - {"processes", "device", "compile", "checkpoint_every"}
     for name in sorted(fixed):
         value, saved = getattr(args, name), checkpoint["args"][name]
         if value != saved:
@@ -1053,18 +1054,13 @@ def report(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> str:
 def main() -> int:
     args, file, checkpoint = parse_args()
     if common.started() > 1:
-        raise UserError("this script trains in one process: leave torchrun out")
+        raise UserError("this script starts its processes itself: leave torchrun out")
     device = training.choose_device(args.device, tf32=False, deterministic=False)
     problem, methods = make_problem(args.dim), methods_of(args.dim, args.method)
     total = args.epochs * epoch_length(args)
     saved = dataclasses.asdict(args)
-    processes = args.processes or (torch.get_num_threads() if sys.platform == "linux" else 1)  # macOS: forks may crash
-    if device.type == "cuda":
-        processes = 1
-    else:
-        torch.set_num_threads(1)  # threads would wait for each other some fifty times an iteration
-    share = math.ceil(args.num_seeds / processes)
-    args.processes = math.ceil(args.num_seeds / share)
+    cores = torch.get_num_threads() if sys.platform == "linux" else 1  # elsewhere forks may crash
+    args.processes = 1 if device.type == "cuda" else args.processes or cores
     if args.compile and total >= COMPILE_FROM:
         args.compile = training.compiles(device)
     name = args.run_name or f"synthetic{args.dim}d__{SCRIPT}__{args.seed}__{int(time.time())}"
@@ -1085,8 +1081,8 @@ def main() -> int:
         common.on_signals(signals.append)
         titles = ", ".join(METHODS[method].title for method in methods)
         print(f"{folder}: {len(problem.points):,} points of {len(problem.centers)} Gaussians in {args.dim}D, "
-              f"{args.num_seeds} seeds of {titles}, {share} a process, on {training.describe(device)}; "
-              f"to watch: tensorboard --logdir {common.quote(folder)}")
+              f"{args.num_seeds} seeds of {titles}, {math.ceil(args.num_seeds / args.processes)} a process, "
+              f"on {training.describe(device)}; to watch: tensorboard --logdir {common.quote(folder)}")
 
         for method in methods:
             if method in models or signals:

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import pathlib
-import pickle
 import signal
 import sys
 import time
@@ -96,29 +95,37 @@ def autocast(forward: Callable) -> Callable:
 
 # ------------------------------------------------------------------------------------------ forked processes
 class Workers:
-    """Functions that are called at once, each in a process of its own; one alone in this process.
+    """Functions that are called at once, each in a process of its own with one thread; one alone in this process.
 
-    The processes are forked at the first call, after `prepare`: what it compiles they have. They hear no signals, and
-    end with this process, however it ends. folder: what an error says to --resume.
+    The processes are forked at the first call, after `prepare`: what it imports and compiles they have. They hear no
+    signals, and end with this process, however it ends. PyTorch refuses autograd in a process that is forked after its
+    parent's: functions that use it must be compiled by `prepare`, or this process must not have used it.
+    folder: what an error says to --resume.
     """
 
     def __init__(self, functions: list[Callable], prepare: Callable[[], object], folder: pathlib.Path):
         self.functions, self.prepare, self.folder = functions, prepare, folder
-        self.workers: list[tuple[int, Connection]] = []  # process ids and ends of pipes
+        self.processes: list[int] = []
+        self.pipes: list[Connection] = []
+
+    def __enter__(self) -> Workers:
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        return self
 
     def __call__(self, *given) -> list:
-        """The functions' results for the same arguments. Raises UserError: a process was killed."""
+        """The functions' results for the same arguments. Raises UserError: a process was killed, or cannot start."""
         if len(self.functions) == 1:
             return [self.functions[0](*given)]
-        if not self.workers:
+        if not self.processes:
             self.prepare()
             for function in self.functions:
-                self.workers.append(fork(function))
+                self.fork(function)
         try:
-            for _, connection in self.workers:
-                connection.send_bytes(pickle.dumps(given))
-            results = [pickle.loads(connection.recv_bytes()) for _, connection in self.workers]
-        except (EOFError, ConnectionError):
+            for pipe in self.pipes:
+                pipe.send(given)
+            results = [pipe.recv() for pipe in self.pipes]
+        except (EOFError, OSError):
             raise UserError("one of the run's processes was killed (out of memory?): go on with --resume "
                             f"{quote(self.folder)}") from None
         for result in results:
@@ -126,36 +133,40 @@ class Workers:
                 raise result
         return results
 
-    def __enter__(self) -> Workers:
-        return self
+    def fork(self, function: Callable) -> None:
+        """Start a process that calls the function with what comes through a pipe, and sends the result."""
+        pipe, end = multiprocessing.Pipe()
+        try:
+            process = os.fork()
+        except OSError as error:
+            raise UserError(f"no process could be started: {reason(error)}; lower --processes") from None
+        self.pipes.append(pipe)
+        if process > 0:
+            end.close()
+            self.processes.append(process)
+            return
+        try:
+            for number in common.SIGNALS:  # a terminal's Ctrl-C goes to all its processes
+                signal.signal(number, signal.SIG_IGN)
+            for pipe in self.pipes:  # while a copy of this process's ends is open, nobody sees it end
+                pipe.close()
+            while True:
+                given = end.recv()
+                try:
+                    end.send(function(*given))
+                except Exception:
+                    end.send(RuntimeError(traceback.format_exc()))
+        finally:
+            os._exit(0)  # whatever happened: most likely the parent has ended
 
     def __exit__(self, *error) -> None:
-        for process, connection in self.workers:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            connection.close()
-
-
-def fork(function: Callable) -> tuple[int, Connection]:
-    """A process that calls the function with what comes through a pipe, and sends the result: its id and the pipe."""
-    connection, other_end = multiprocessing.Pipe()
-    process = os.fork()
-    if process > 0:
-        other_end.close()
-        return process, connection
-    try:
-        for number in common.SIGNALS:  # a terminal's Ctrl-C goes to all its processes
-            signal.signal(number, signal.SIG_IGN)
-        connection.close()  # while a copy of the parent's end is open, its end is not seen
-        while True:
-            given = pickle.loads(other_end.recv_bytes())
-            try:
-                result = function(*given)
-            except Exception:
-                result = RuntimeError(traceback.format_exc())
-            other_end.send_bytes(pickle.dumps(result))
-    finally:
-        os._exit(0)  # whatever happened, most likely that the parent has ended
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # where SIGCHLD is ignored
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+        for pipe in self.pipes:
+            pipe.close()
+        torch.set_num_threads(self.threads)
 
 
 # ----------------------------------------------------------------------------------------- torchrun's processes
