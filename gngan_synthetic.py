@@ -81,7 +81,7 @@ class Args:
     hidden_layers: int = 2
     """Hidden layers of E, G and D; in 1D D has one less [paper for 1D; 2D: our reading]."""
     ema: float = 0.0
-    """Decay of a moving average of G's weights, evaluated beside the raw ones; 0: off [paper]."""
+    """Decay of a moving average of G's weights, which is evaluated beside G, and drawn; 0: off [paper]."""
 
     # loss
     lambda_p: float = 0.1
@@ -99,12 +99,11 @@ class Args:
     score: the sigmoid score's.
     l2: the logit's.
     rms: the logit's by root mean square over coordinates, as in the authors' code."""
-    autoencoder_updates: Optional[Literal["both", "separate", "encoder"]] = None
+    autoencoder_updates: Literal["both", "separate", "encoder"] = "separate"
     """What the autoencoder's update trains in GN-GAN and Dist-GAN.
     both: E and G, with one Adam for both updates of G.
-    separate: E and G, with an Adam of its own for this update of G.
-    encoder: E alone.
-    Default: distgan separate [authors' 2D code]; gngan both [ours]."""
+    separate: E and G, with an Adam of its own for this update of G [authors' 2D code].
+    encoder: E alone."""
     critic_steps: Optional[int] = None
     """D updates an iteration, each on its own mini-batch.
     Default: distgan, wgangp 5 in 2D, 3 in 1D [authors' code]; gan 2, ali 5 [tuned]; others 1."""
@@ -146,10 +145,9 @@ def resolve(args: Args, name: str) -> Args:
     defaults = {"hidden_dim": (64, 4), "epochs": (500, 100), "batch_size": (128, 64),
                 "lr_decay": (0.99, 1.0), "beta1": (0.8, 0.5), "beta2": (0.999, 0.9)}  # 2D, 1D
     if name != "all":
-        method = METHODS[name]
-        defaults["critic_steps"] = method.critic_steps
-        defaults["label_smoothing"] = (method.label_smoothing, method.label_smoothing)
-        defaults["autoencoder_updates"] = (method.autoencoder_updates, method.autoencoder_updates)
+        smoothing = METHODS[name].label_smoothing
+        defaults["critic_steps"] = METHODS[name].critic_steps
+        defaults["label_smoothing"] = (smoothing, smoothing)
     for field, (in_2d, in_1d) in defaults.items():
         if getattr(args, field) is None:
             setattr(args, field, in_2d if args.dim == 2 else in_1d)
@@ -559,7 +557,6 @@ class Method:
     paper: Optional[list[tuple[float, float]]] = None  # table 2: modes, points, TV true, TV diff
     critic_steps: tuple[int, int] = (1, 1)  # default of --critic-steps in 2D, in 1D
     label_smoothing: float = 0.0  # default of --label-smoothing
-    autoencoder_updates: str = "both"  # default of --autoencoder-updates
     prior: Optional[Prior] = None  # of z in training and sampling, instead of the problem's
     stochastic_encoder: bool = False  # E gives mean and log-variance
     judges_pairs: bool = False  # D's input is (x, z)
@@ -601,7 +598,7 @@ METHODS = {
         "Dist-GAN", {"autoencoder": distgan_autoencoder, "discriminator": reconstructing_discriminator,
                      "generator": distgan_generator},
         paper=[(20.71, 4.42), (1188.62, 311.91), (0.82, 0.19), (0.43, 0.12)],
-        critic_steps=(5, 3), autoencoder_updates="separate"),
+        critic_steps=(5, 3)),
     "gngan": Method(
         "GN-GAN", {"autoencoder": gngan_autoencoder, "discriminator": reconstructing_discriminator,
                    "generator": gngan_generator},
@@ -990,7 +987,8 @@ def gradients_of_d(name: str, networks: Networks, positions: Tensor) -> Tensor:
 
 
 def draw_pictures(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> None:
-    """In 2D the generated points and figure 4's gradients; in 1D figure 2. models: see `report`."""
+    """In 2D the generated points, with --ema of the averaged G, and figure 4's gradients; in 1D figure 2.
+    models: see `report`."""
     from common import pictures  # imports Matplotlib, which takes a second
     problem = make_problem(args.dim)
     if args.dim == 1:
@@ -1004,9 +1002,10 @@ def draw_pictures(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> 
     positions = (problem.centers[:, None] + torch.cartesian_prod(offsets, offsets)).flatten(0, 1)
     samples, gradients = {}, {}
     for name, model in models.items():
-        title = METHODS[name].title
+        title, variant = METHODS[name].title, "_ema" if args.ema else ""
         epoch = model["iteration"] // epoch_length(args)
-        samples[title] = sample_points(resolve(args, name), model["networks"], epoch, NUM_SAMPLES)
+        points = sample_points(resolve(args, name), model["networks"], epoch, NUM_SAMPLES, variant)
+        samples[title + (", averaged G" if args.ema else "")] = points
         if METHODS[name].judges_points:
             gradients[title] = gradients_of_d(name, model["networks"], positions)
     panels = []
