@@ -44,6 +44,7 @@ COMPILE_FROM = 5000  # iterations of a method's whole run from which compiling (
 Params = dict[str, Tensor]  # a network's weights: w0 [in, out], b0 [out], w1, ...; of S seeds [S, ...]
 Networks = dict[str, Params]  # of S seeds, by name: generator, encoder, discriminator, generator_ema
 Terms = dict[str, Tensor]  # scalars by name, which go to TensorBoard; with or without a gradient
+TrainShare = Callable[[int, int], dict]  # trains from an iteration to before another; the state after that
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -779,8 +780,8 @@ def density_and_score(args: Args, networks: Networks, epoch: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------- loop
-def make_share(args: Args, state: dict, device: torch.device, compiled: bool) -> Callable[[int, int], dict]:
-    """`train_share(first, last)` trains args' seeds, which are one process's share of a run's, from
+def make_share(args: Args, state: dict, device: torch.device, compiled: bool) -> TrainShare:
+    """`train_share(first, last)`: trains args' seeds, which are one process's share of a run's, from
     iteration `first` to before `last`. It returns the state after that, with the last losses.
 
     state: {"networks": ..., "optimizers": ...} to begin with, of these seeds.
@@ -806,7 +807,7 @@ def make_share(args: Args, state: dict, device: torch.device, compiled: bool) ->
     return train_share
 
 
-def make_shares(args: Args, state: dict, device: torch.device, compiled: bool) -> list[Callable[[int, int], dict]]:
+def make_shares(args: Args, state: dict, device: torch.device, compiled: bool) -> list[TrainShare]:
     """The seeds' shares, at most args.processes many, equally large, so that one graph serves all. Where
     seeds do not divide, spare places of the last hold copies of other seeds, which nobody looks at."""
     size = math.ceil(args.num_seeds / args.processes)
