@@ -876,7 +876,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                postfix="compiling" if compiled else None)
 
     state["losses"] = losses
-    iteration, block = start, 1
+    iteration, sent, block, since = start, [start], 1, (start, time.perf_counter())
     with writer, bar, training.Workers(shares, prepare, folder) as train_shares:
         while True:
             epoch, position = divmod(iteration, length)
@@ -919,14 +919,21 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 bar.set_postfix(modes=f"{np.mean(scores['modes']):.1f}",
                                 points=f"{np.mean(scores['points']):.0f}", refresh=False)
 
-            # Train, until the next epoch or for about half a second: a signal waits for that
+            # Train in blocks, which end with an epoch. Four are sent ahead, so that no process waits for
+            # another that is slower for a moment. A signal waits for one: half a second, at the last rate.
             if last:
                 break
-            stop, block_begin = min(iteration + block, (epoch + 1) * length), time.perf_counter()
-            state = join_shares(train_shares(iteration, stop), args.num_seeds)
-            block = max(1, int(0.5 * (stop - iteration) / (time.perf_counter() - block_begin)))
-            bar.update(stop - iteration)
-            iteration = stop
+            while sent[-1] < total and len(sent) <= 4:
+                stop = min(sent[-1] + block, (sent[-1] // length + 1) * length)
+                train_shares.send(sent[-1], stop)
+                sent.append(stop)
+            state = join_shares(train_shares.receive(), args.num_seeds)
+            bar.update(sent[1] - iteration)
+            sent, iteration = sent[1:], sent[1]
+            passed = time.perf_counter() - since[1]
+            if passed > 0.5:
+                block = max(1, int(0.5 * (iteration - since[0]) / passed))
+                since = iteration, time.perf_counter()
 
     return {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
             "networks": state["networks"], "frames": frames}

@@ -15,8 +15,8 @@ import sys
 import time
 import traceback
 import zlib
-from multiprocessing.connection import Connection
-from typing import Callable, Iterable, Optional
+from multiprocessing.connection import Connection, wait
+from typing import Callable, Iterable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -97,41 +97,58 @@ def autocast(forward: Callable) -> Callable:
 class Workers:
     """Functions that are called at once, each in a process of its own with one thread; one alone in this process.
 
-    The processes are forked at the first call, after `prepare`: what it imports and compiles they have. They hear no
-    signals, and end with this process, however it ends. PyTorch refuses autograd in a process that is forked after its
-    parent's: functions that use it must be compiled by `prepare`, or this process must not have used it.
-    folder: what an error says to --resume.
+    `send` calls them with the same arguments, `receive` returns their results. Calls may be sent ahead: then none waits
+    for the slowest of each. The processes are forked at the first call, after `prepare`: what it imports and compiles
+    they have. They hear no signals, and end with this process, however it ends. PyTorch refuses autograd in a process
+    that is forked after its parent's: functions that use it must be compiled by `prepare`, or this process must not
+    have used it. folder: what an error says to --resume.
     """
 
     def __init__(self, functions: list[Callable], prepare: Callable[[], object], folder: pathlib.Path):
         self.functions, self.prepare, self.folder = functions, prepare, folder
         self.processes: list[int] = []
         self.pipes: list[Connection] = []
+        self.results: list[list] = [[] for _ in functions]  # of each, those that have come
 
     def __enter__(self) -> Workers:
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
         return self
 
-    def __call__(self, *given) -> list:
-        """The functions' results for the same arguments. Raises UserError: a process was killed, or cannot start."""
+    def send(self, *given) -> None:
+        """Call the functions. Raises UserError: a process was killed, or cannot start."""
         if len(self.functions) == 1:
-            return [self.functions[0](*given)]
+            self.results[0].append(functools.partial(self.functions[0], *given))
+            return
         if not self.processes:
             self.prepare()
             for function in self.functions:
                 self.fork(function)
-        try:
+        with self.seeing_their_end():
             for pipe in self.pipes:
                 pipe.send(given)
-            results = [pipe.recv() for pipe in self.pipes]
-        except (EOFError, OSError):
-            raise UserError("one of the run's processes was killed (out of memory?): go on with --resume "
-                            f"{quote(self.folder)}") from None
+
+    def receive(self) -> list:
+        """The results of the earliest call that has not been received. Raises UserError: a process was killed."""
+        if len(self.functions) == 1:
+            return [self.results[0].pop(0)()]
+        with self.seeing_their_end():
+            while not all(self.results):
+                for pipe in wait(self.pipes):
+                    self.results[self.pipes.index(pipe)].append(pipe.recv())
+        results = [of_function.pop(0) for of_function in self.results]
         for result in results:
             if isinstance(result, Exception):
                 raise result
         return results
+
+    @contextlib.contextmanager
+    def seeing_their_end(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError):
+            raise UserError("one of the run's processes was killed (out of memory?): go on with --resume "
+                            f"{quote(self.folder)}") from None
 
     def fork(self, function: Callable) -> None:
         """Start a process that calls the function with what comes through a pipe, and sends the result."""

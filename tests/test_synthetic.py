@@ -566,11 +566,13 @@ def test_a_worker_that_is_killed_while_another_trains(script, tmp_path, killed):
         return call
 
     with training.Workers([work(1), work(0)], lambda: None, tmp_path) as workers:
-        assert [len(result) for result in workers(False)] == [2**20, 2**20]
+        workers.send(False)
+        assert [len(result) for result in workers.receive()] == [2**20, 2**20]
         timer = threading.Timer(0.3, os.kill, (workers.processes[killed], signal.SIGKILL))
         timer.start()
         with pytest.raises(UserError, match=f"was killed .*--resume {tmp_path}"):
-            workers(True)
+            workers.send(True)
+            workers.receive()
         processes = list(workers.processes)
     assert not any(map(is_alive, processes))
 
@@ -608,7 +610,8 @@ def test_the_graph_is_compiled_once(script, tmp_path, monkeypatch):
 
     with training.Workers(shares(), lambda: shares()[0](0, 1), tmp_path) as workers:
         for iteration in range(3):
-            states = workers(iteration, iteration + 1)
+            workers.send(iteration, iteration + 1)
+            states = workers.receive()
     assert len(states) == 3 and log.read_text() == f"{os.getpid()}\n"
 
 

@@ -33,9 +33,13 @@ CPU = torch.device("cpu")
 
 
 def rate(train, iterations):
-    """Iterations a second of train(first, last)."""
+    """Iterations a second of train(first, last), or of Workers."""
     start = time.perf_counter()
-    train(0, iterations)
+    if isinstance(train, training.Workers):
+        train.send(0, iterations)
+        train.receive()
+    else:
+        train(0, iterations)
     return iterations / (time.perf_counter() - start)
 
 
