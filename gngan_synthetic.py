@@ -1019,7 +1019,7 @@ def draw_pictures(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> 
     panels = []
     for title, points in pictures.choose_panels(samples, args.seed):
         scores = register(points[None], problem.centers, problem.radius)
-        panels.append((f"{title}: {int(scores['modes'])} modes, {int(scores['points'])} points", points))
+        panels.append((f"{title}\n{int(scores['modes'])} modes, {int(scores['points'])} points", points))
     pictures.plot_points(panels, problem.centers, problem.radius, folder / "samples.png")
     if gradients:
         panels = pictures.choose_panels(gradients, args.seed)
