@@ -469,13 +469,13 @@ def test_several_methods_with_another_number_of_processes(script, tmp_path, left
 
 
 def test_blocks_of_half_a_second(script, tmp_path, monkeypatch):
-    """A signal waits for the end of a block, however fast iterations become; the next run has its threads."""
+    """A signal waits for the end of a block; the next run in this process has its threads."""
     blocks = []
 
     def make_share(args, state, device, compiled):
         def train_share(first, last):
             blocks.append(last - first)
-            time.sleep((0.0005 if first < 800 else 0.002) * (last - first))
+            time.sleep(0.002 * (last - first))
             return script.map_state({**state, "losses": {}}, torch.Tensor.numpy)
 
         return train_share
@@ -486,8 +486,7 @@ def test_blocks_of_half_a_second(script, tmp_path, monkeypatch):
                                       "--run-dir", str(tmp_path), "--run-name", "r"])
     threads = torch.get_num_threads()
     assert script.main() == 0 and sum(blocks) == 2400
-    first, rest = blocks[: blocks.index(max(blocks))], blocks[len(blocks) // 2:]
-    assert first[0] == 1 and max(blocks) > 300 and max(rest[-3:]) < 500
+    assert blocks[0] == 1 and 50 < max(blocks) < 350  # 250 in half a second; fewer on a busy machine
     assert torch.get_num_threads() == threads
 
 
