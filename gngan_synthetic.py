@@ -44,7 +44,8 @@ COMPILE_FROM = 5000  # iterations of a method's whole run from which compiling (
 Params = dict[str, Tensor]  # a network's weights: w0 [in, out], b0 [out], w1, ...; of S seeds [S, ...]
 Networks = dict[str, Params]  # of S seeds, by name: generator, encoder, discriminator, generator_ema
 Terms = dict[str, Tensor]  # scalars by name, which go to TensorBoard; with or without a gradient
-TrainShare = Callable[[int, int], dict]  # trains from an iteration to before another; the state after that
+# trains from an iteration to before another; returns the state after that
+TrainShare = Callable[[int, int], dict]
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -82,7 +83,7 @@ class Args:
     hidden_layers: int = 2
     """Hidden layers of E, G and D; in 1D D has one less [paper for 1D; 2D: our reading]."""
     ema: float = 0.0
-    """Decay of a moving average of G's weights, which is evaluated beside G, and drawn; 0: off [paper]."""
+    """Decay of a moving average of G's weights, evaluated beside G, and drawn; 0: off [paper]."""
 
     # loss
     lambda_p: float = 0.1
@@ -285,10 +286,10 @@ def to_logits(x: Tensor) -> Tensor:
 
 
 def init_mlp(sizes: list[int], inputs: Tensor, rng: torch.Generator) -> Params:
-    """Weights N(0, 2 / fan_in) [authors' 2D code], biases U(-1, 1) / sqrt(fan_in) but in the first layer [ours].
+    """Weights N(0, 2 / fan_in) [authors' 2D code], biases U(-1, 1) / sqrt(fan_in) [ours].
 
-    There each unit switches on at one of `inputs` [H, in], so that the units' kinks lie all over them. Zero
-    biases would put all kinks through (0, 0), a corner of the 2D data, whose other end is then learned last.
+    In the first layer each unit switches on at one of `inputs` [H, in], so that its kinks lie all over
+    them [ours]. Zero biases put all through (0, 0), a corner of the 2D data: the far end comes last.
     """
     params = {}
     for k, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
@@ -808,13 +809,14 @@ def make_share(args: Args, state: dict, device: torch.device, compiled: bool) ->
 
 
 def make_shares(args: Args, state: dict, device: torch.device, compiled: bool) -> list[TrainShare]:
-    """The seeds' shares, at most args.processes many, equally large, so that one graph serves all. Where
-    seeds do not divide, spare places of the last hold copies of other seeds, which nobody looks at."""
+    """The seeds' shares, at most args.processes many, equally large, so that one graph serves all.
+    Spare places of the last hold copies of other seeds, which nobody looks at."""
     size = math.ceil(args.num_seeds / args.processes)
     shares = []
     for first in range(0, args.num_seeds, size):
         seeds = [seed % args.num_seeds for seed in range(first, first + size)]
-        own_state = map_state(state, lambda value, seeds=seeds: value[seeds] if value.ndim else value.clone())
+        own_state = map_state(
+            state, lambda value, seeds=seeds: value[seeds] if value.ndim else value.clone())
         own_args = dataclasses.replace(args, seed=args.seed + first, num_seeds=size)
         shares.append(make_share(own_args, own_state, device, compiled))
     return shares
@@ -827,8 +829,7 @@ def map_state(state: dict, convert: Callable) -> dict:
 
 
 def join_shares(shares: list[dict], num_seeds: int) -> dict:
-    """The state of all seeds from that of each share. What seeds have in common, Adam's count of steps, is
-    the same in all shares."""
+    """The state of all seeds from that of each share. Adam's count of steps is the same in all."""
     first = shares[0]
     if isinstance(first, dict):
         return {key: join_shares([share[key] for share in shares], num_seeds) for key in first}
@@ -889,7 +890,8 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
             # Checkpoint
             if epoch_begins or last:
                 networks = state["networks"]
-                training.check_finite(training.flatten(networks), f"iteration {iteration} (epoch {epoch})", folder)
+                when = f"iteration {iteration} (epoch {epoch})"
+                training.check_finite(training.flatten(networks), when, folder)
             if unwritten and save:
                 writer.flush()
                 contents = {**header, "iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
@@ -919,8 +921,8 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 bar.set_postfix(modes=f"{np.mean(scores['modes']):.1f}",
                                 points=f"{np.mean(scores['points']):.0f}", refresh=False)
 
-            # Train in blocks, which end with an epoch. Four are sent ahead, so that no process waits for
-            # another that is slower for a moment. A signal waits for one: half a second, at the last rate.
+            # Train in blocks, which end with an epoch. Four are sent ahead, so that no process waits
+            # for another that is slower for a moment. A signal waits for one, about half a second.
             if last:
                 break
             while sent[-1] < total and len(sent) <= 4:
@@ -940,8 +942,8 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
 
 
 # ------------------------------------------------------------------------------ arguments and files
-RANGES = {"seed": "[0, 2147483648)", "num_seeds": "[1, inf)", "processes": "[1, inf)", "hidden_dim": "[1, inf)",
-          "hidden_layers": "[1, inf)", "ema": "[0, 1)", "lambda_p": "[0, inf)",
+RANGES = {"seed": "[0, 2147483648)", "num_seeds": "[1, inf)", "processes": "[1, inf)",
+          "hidden_dim": "[1, inf)", "hidden_layers": "[1, inf)", "ema": "[0, 1)", "lambda_p": "[0, inf)",
           "lambda_m1": "[0, inf)", "lambda_m2": "[0, inf)", "lambda_r": "[0, inf)", "alpha": "[0, 1)",
           "critic_steps": "[1, inf)", "label_smoothing": "[0, 1)", "vae_sigma": "(0, inf)",
           "vae_beta": "[0, inf)", "vaegan_gamma": "[0, inf)", "vaegan_kl": "[0, inf)",
@@ -995,7 +997,7 @@ def gradients_of_d(name: str, networks: Networks, positions: Tensor) -> Tensor:
 
 
 def draw_pictures(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> None:
-    """In 2D the generated points, with --ema of the averaged G, and figure 4's gradients; in 1D figure 2.
+    """In 2D generated points, with --ema the averaged G's, and figure 4's gradients; in 1D figure 2.
     models: see `report`."""
     from common import pictures  # imports Matplotlib, which takes a second
     problem = make_problem(args.dim)
