@@ -943,12 +943,13 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
 
 # ------------------------------------------------------------------------------ arguments and files
 RANGES = {"seed": "[0, 2147483648)", "num_seeds": "[1, inf)", "processes": "[1, inf)",
-          "hidden_dim": "[1, inf)", "hidden_layers": "[1, inf)", "ema": "[0, 1)", "lambda_p": "[0, inf)",
-          "lambda_m1": "[0, inf)", "lambda_m2": "[0, inf)", "lambda_r": "[0, inf)", "alpha": "[0, 1)",
-          "critic_steps": "[1, inf)", "label_smoothing": "[0, 1)", "vae_sigma": "(0, inf)",
-          "vae_beta": "[0, inf)", "vaegan_gamma": "[0, inf)", "vaegan_kl": "[0, inf)",
-          "epochs": "[1, inf)", "batch_size": "[1, inf)", "lr": "(0, inf)", "lr_decay": "(0, 1]",
-          "beta1": "[0, 1)", "beta2": "[0, 1)", "checkpoint_every": "[0, inf)"}
+          "hidden_dim": "[1, inf)", "hidden_layers": "[1, inf)", "ema": "[0, 1)",
+          "lambda_p": "[0, inf)", "lambda_m1": "[0, inf)", "lambda_m2": "[0, inf)",
+          "lambda_r": "[0, inf)", "alpha": "[0, 1)", "critic_steps": "[1, inf)",
+          "label_smoothing": "[0, 1)", "vae_sigma": "(0, inf)", "vae_beta": "[0, inf)",
+          "vaegan_gamma": "[0, inf)", "vaegan_kl": "[0, inf)", "epochs": "[1, inf)",
+          "batch_size": "[1, inf)", "lr": "(0, inf)", "lr_decay": "(0, 1]", "beta1": "[0, 1)",
+          "beta2": "[0, 1)", "checkpoint_every": "[0, inf)"}
 
 
 def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib.Path], Optional[dict]]:
