@@ -38,7 +38,6 @@ from common import UserError, datasets, training
 from common.training import autocast, draw_seed, due
 
 SCRIPT = pathlib.Path(__file__).stem
-Discriminate = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> logits [B]
 Terms = dict[str, Tensor]  # by name, what goes to TensorBoard: scalars, or a number, or what has a mean
 
 
@@ -167,13 +166,12 @@ def resolve(args: Args) -> Args:
 
 
 # ------------------------------------------------------------------------------- networks
-def leaky_relu(x: Tensor, slope: float) -> Tensor:
-    """Leaky ReLU whose second derivative autograd knows to be zero.
-
-    F.leaky_relu's would send a gradient of zeros through all of D once more whenever a loss holds
-    D's input gradient. (On a CPU sign and clamp take a tenth of the time of torch.where.)
-    """
-    return x * x.detach().sign().clamp_(min=slope)  # x times 1 or slope
+def leaky_relu(x: Tensor, slope: float, slopes: Optional[list[Tensor]]) -> Tensor:
+    """Leaky ReLU. Its derivative at each element of x, 1 or `slope`, goes to the end of `slopes`, if given."""
+    if slopes is None:
+        return F.leaky_relu(x, slope)
+    slopes.append(x.detach().sign().clamp_(min=slope))  # on a CPU in a tenth of torch.where's time
+    return x * slopes[-1]
 
 
 class BatchNorm(nn.Module):
@@ -245,15 +243,30 @@ class Discriminator(nn.Module):
         init_weights(self)
 
     @autocast
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, slopes: Optional[list[Tensor]] = None) -> Tensor:
         """The last convolution's map, [B, 512, 4, 4]."""
         for conv in self.convs:  # 64 at 32x32, 64 at 16x16, 128, 128 at 8x8, 256, 256 at 4x4, 512
-            x = leaky_relu(conv(x), 0.1)
+            x = leaky_relu(conv(x), 0.1, slopes)
         return x.float()
 
     @autocast
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.features(x).flatten(1))[:, 0].float()
+    def forward(self, x: Tensor, slopes: Optional[list[Tensor]] = None) -> Tensor:
+        return self.linear(self.features(x, slopes).flatten(1))[:, 0].float()
+
+    @autocast
+    def logit_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B] of images [B, 3, s, s], and each one's gradient to its image, of the images' shape.
+
+        D is piecewise linear: its gradient is the product of its layers' transposes, with the slopes of
+        its activations between them. It is written out, since autograd's own is slow to differentiate
+        again: for a convolution's weight by a convolution with a kernel as large as the image.
+        """
+        slopes: list[Tensor] = []
+        logit = self(x, slopes)
+        gradient = self.linear.weight.view(1, *slopes[-1].shape[1:])
+        for conv, slope in zip(reversed(self.convs), reversed(slopes)):
+            gradient = F.conv_transpose2d(gradient * slope, conv.weight, None, conv.stride, conv.padding)
+        return logit, gradient.float()
 
 
 class Encoder(nn.Module):
@@ -300,20 +313,6 @@ def init_weights(network: nn.Module) -> None:
 def l2_norm(v: Tensor) -> Tensor:
     """L2 norm of each sample of v [B, ...] in fp32, [B]; the small constant keeps its gradient finite at 0."""
     return (v.float().flatten(1).square().sum(1) + 1e-12).sqrt()
-
-
-def logit_and_gradient(discriminator: Discriminate, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B] of images [B, C, H, W], and each one's gradient to its image [B, C, H, W].
-
-    Samples must not depend on each other in D (no batch norm): then the gradient of the sum holds
-    each one's own.
-    """
-    def total(x: Tensor) -> tuple[Tensor, Tensor]:
-        logit = discriminator(x)
-        return logit.sum(), logit
-
-    gradient, (_, logit) = torch.func.grad_and_value(total, has_aux=True)(x)
-    return logit, gradient
 
 
 def pairwise_affinities(points: Tensor) -> Tensor:
@@ -377,7 +376,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, reconstruction: Optional[Tens
     return (1 - alpha) * real_loss(real) + alpha * real_loss(reconstruction) + fake_loss(fake)
 
 
-def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mix: Tensor,
+def gradient_penalty(discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor,
                      penalty: str = "rms") -> Tensor:
     """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8); scalar.
 
@@ -385,7 +384,7 @@ def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mi
     sigmoid score's gradient; rms and reversed, of the logit's over sqrt(C H W).
     """
     point = mix * real + (1 - mix) * fake
-    logit, gradient = logit_and_gradient(discriminator, point)
+    logit, gradient = discriminator.logit_and_gradient(point)
     slope = l2_norm(gradient)
     if penalty == "score":  # its gradient is D (1 - D) times the logit's
         slope = slope * torch.sigmoid(logit) * torch.sigmoid(-logit)
@@ -394,7 +393,7 @@ def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mi
     return (slope - 1).square().mean()
 
 
-def gradient_matching(discriminator: Discriminate, real: Tensor,
+def gradient_matching(discriminator: Discriminator, real: Tensor,
                       fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three terms of V_G (Eq. 13) before their weights, of images [B, C, H, W]; scalars.
 
@@ -404,7 +403,7 @@ def gradient_matching(discriminator: Discriminate, real: Tensor,
     with x. So G learns by D (1 - D), and by the x in the product.
     """
     def expectations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logit, gradient = logit_and_gradient(discriminator, x)
+        logit, gradient = discriminator.logit_and_gradient(x)
         # The same value, with the gradient at hand as its derivative by x: no second pass through D.
         logit = logit.detach() + ((x - x.detach()) * gradient.detach()).flatten(1).sum(1)
         score = torch.sigmoid(logit)

@@ -38,7 +38,6 @@ from common import UserError, datasets, training
 from common.training import autocast, draw_seed, due
 
 SCRIPT = pathlib.Path(__file__).stem
-Discriminate = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> logits [B]
 Terms = dict[str, Tensor]  # by name, what goes to TensorBoard: scalars, or a number, or what has a mean
 
 
@@ -170,13 +169,12 @@ def resolve(args: Args) -> Args:
 
 
 # ------------------------------------------------------------------------------- networks
-def leaky_relu(x: Tensor, slope: float) -> Tensor:
-    """Leaky ReLU whose second derivative autograd knows to be zero.
-
-    F.leaky_relu's would send a gradient of zeros through all of D once more whenever a loss holds
-    D's input gradient. (On a CPU sign and clamp take a tenth of the time of torch.where.)
-    """
-    return x * x.detach().sign().clamp_(min=slope)  # x times 1 or slope
+def leaky_relu(x: Tensor, slope: float, slopes: Optional[list[Tensor]]) -> Tensor:
+    """Leaky ReLU. Its derivative at each element of x, 1 or `slope`, goes to the end of `slopes`, if given."""
+    if slopes is None:
+        return F.leaky_relu(x, slope)
+    slopes.append(x.detach().sign().clamp_(min=slope))  # on a CPU in a tenth of torch.where's time
+    return x * slopes[-1]
 
 
 class BatchNorm(nn.Module):
@@ -274,11 +272,23 @@ class Block(nn.Module):
             shortcut = [nn.Conv2d(a, b, 1)] if a != b else []
         self.shortcut = nn.Sequential(*shortcut)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(x if self.first else leaky_relu(x, 0.0))
-        y = self.halve(self.conv2(leaky_relu(y, 0.0)))
+    def forward(self, x: Tensor, slopes: Optional[list[Tensor]] = None) -> Tensor:
+        y = self.conv1(x if self.first else leaky_relu(x, 0.0, slopes))
+        y = self.halve(self.conv2(leaky_relu(y, 0.0, slopes)))
         # a slice, since PyTorch 2.15's 1x1 convolution of stride 2 writes past its memory on a CPU
         return y + self.shortcut(x[:, :, :: self.stride, :: self.stride])
+
+    def transpose(self, gradient: Tensor, slopes: list[Tensor]) -> Tensor:
+        """The gradient to the block's input, of that to its output. Takes its slopes off the end of `slopes`."""
+        y = F.conv_transpose2d(gradient, self.halve.weight) if self.stride == 2 else gradient
+        y = F.conv_transpose2d(y, self.conv2.weight, None, self.stride, 1, self.stride - 1)
+        y = F.conv_transpose2d(y * slopes.pop(), self.conv1.weight, None, 1, 1)
+        if not self.first:
+            y = y * slopes.pop()
+        for conv in reversed(self.shortcut):
+            gradient = F.conv_transpose2d(gradient, conv.weight)
+        y[:, :, :: self.stride, :: self.stride] += gradient
+        return y
 
 
 class Discriminator(nn.Module):
@@ -297,15 +307,30 @@ class Discriminator(nn.Module):
         init_weights(self)
 
     @autocast
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, slopes: Optional[list[Tensor]] = None) -> Tensor:
         """The last block's map after its ReLU, [B, 128, 8, 8]."""
         for block in self.blocks:  # 128 at 16x16, 128 at 8x8, 128, 128
-            x = block(x)
-        return leaky_relu(x, 0.0).float()
+            x = block(x, slopes)
+        return leaky_relu(x, 0.0, slopes).float()
 
     @autocast
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.features(x).sum((2, 3)))[:, 0].float()
+    def forward(self, x: Tensor, slopes: Optional[list[Tensor]] = None) -> Tensor:
+        return self.linear(self.features(x, slopes).sum((2, 3)))[:, 0].float()
+
+    @autocast
+    def logit_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B] of images [B, 3, s, s], and each one's gradient to its image, of the images' shape.
+
+        D is piecewise linear: its gradient is the product of its layers' transposes, with the slopes of
+        its activations between them. It is written out, since autograd's own is slow to differentiate
+        again: for a convolution's weight by a convolution with a kernel as large as the image.
+        """
+        slopes: list[Tensor] = []
+        logit = self(x, slopes)
+        gradient = self.linear.weight.view(1, -1, 1, 1) * slopes.pop()
+        for block in reversed(self.blocks):
+            gradient = block.transpose(gradient, slopes)
+        return logit, gradient.float()
 
 
 class DownBlock(nn.Module):
@@ -364,20 +389,6 @@ def init_weights(network: nn.Module) -> None:
 def l2_norm(v: Tensor) -> Tensor:
     """L2 norm of each sample of v [B, ...] in fp32, [B]; the small constant keeps its gradient finite at 0."""
     return (v.float().flatten(1).square().sum(1) + 1e-12).sqrt()
-
-
-def logit_and_gradient(discriminator: Discriminate, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B] of images [B, C, H, W], and each one's gradient to its image [B, C, H, W].
-
-    Samples must not depend on each other in D (no batch norm): then the gradient of the sum holds
-    each one's own.
-    """
-    def total(x: Tensor) -> tuple[Tensor, Tensor]:
-        logit = discriminator(x)
-        return logit.sum(), logit
-
-    gradient, (_, logit) = torch.func.grad_and_value(total, has_aux=True)(x)
-    return logit, gradient
 
 
 def pairwise_affinities(points: Tensor) -> Tensor:
@@ -441,7 +452,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, reconstruction: Optional[Tens
     return (1 - alpha) * real_loss(real) + alpha * real_loss(reconstruction) + fake_loss(fake)
 
 
-def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mix: Tensor,
+def gradient_penalty(discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor,
                      penalty: str = "rms") -> Tensor:
     """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8); scalar.
 
@@ -449,7 +460,7 @@ def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mi
     sigmoid score's gradient; rms and reversed, of the logit's over sqrt(C H W).
     """
     point = mix * real + (1 - mix) * fake
-    logit, gradient = logit_and_gradient(discriminator, point)
+    logit, gradient = discriminator.logit_and_gradient(point)
     slope = l2_norm(gradient)
     if penalty == "score":  # its gradient is D (1 - D) times the logit's
         slope = slope * torch.sigmoid(logit) * torch.sigmoid(-logit)
@@ -458,7 +469,7 @@ def gradient_penalty(discriminator: Discriminate, real: Tensor, fake: Tensor, mi
     return (slope - 1).square().mean()
 
 
-def gradient_matching(discriminator: Discriminate, real: Tensor,
+def gradient_matching(discriminator: Discriminator, real: Tensor,
                       fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three terms of V_G (Eq. 13) before their weights, of images [B, C, H, W]; scalars.
 
@@ -468,7 +479,7 @@ def gradient_matching(discriminator: Discriminate, real: Tensor,
     with x. So G learns by D (1 - D), and by the x in the product.
     """
     def expectations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logit, gradient = logit_and_gradient(discriminator, x)
+        logit, gradient = discriminator.logit_and_gradient(x)
         # The same value, with the gradient at hand as its derivative by x: no second pass through D.
         logit = logit.detach() + ((x - x.detach()) * gradient.detach()).flatten(1).sum(1)
         score = torch.sigmoid(logit)

@@ -97,6 +97,24 @@ def test_neighbor_embedding_gradient(script):
             assert gradient[index].item() == pytest.approx(slope, rel=1e-2, abs=1e-6)
 
 
+class Differentiated:
+    """A discriminator's function, with the gradient to its images from autograd."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, x):
+        return self.function(x)
+
+    def logit_and_gradient(self, x):
+        def total(x):
+            logit = self.function(x)
+            return logit.sum(), logit
+
+        gradient, (_, logit) = torch.func.grad_and_value(total, has_aux=True)(x)
+        return logit, gradient
+
+
 def per_sample_gradients(discriminator, x):
     """Each sample's gradient of its own logit, one at a time."""
     rows = []
@@ -109,7 +127,7 @@ def per_sample_gradients(discriminator, x):
 @pytest.mark.parametrize("penalty", ["score", "rms", "reversed"])
 @every
 def test_gradient_penalty(script, penalty):
-    discriminator = smooth_discriminator(torch.float32)
+    discriminator = Differentiated(smooth_discriminator(torch.float32))
     real, fake, mix = images(seed=1), images(seed=2), torch.rand(5, 1, 1, 1, generator=torch.Generator().manual_seed(3))
     total = 0.0
     for i in range(5):
@@ -153,8 +171,8 @@ def test_gradient_penalty_trains_the_discriminator(script):
     weight = torch.randn(9, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def value(w):
-        return script.gradient_penalty(lambda x: torch.sin(2 * x.flatten(1)) @ w, images(seed=1), images(seed=2),
-                                       torch.full((5, 1, 1, 1), 0.3))
+        discriminator = Differentiated(lambda x: torch.sin(2 * x.flatten(1)) @ w)
+        return script.gradient_penalty(discriminator, images(seed=1), images(seed=2), torch.full((5, 1, 1, 1), 0.3))
 
     gradient, = torch.autograd.grad(value(weight), weight)
     for i in range(9):
@@ -177,7 +195,7 @@ def slow_gradient_matching(discriminator, real, fake):
 
 @every
 def test_gradient_matching(script):
-    discriminator = smooth_discriminator(torch.float32)
+    discriminator = Differentiated(smooth_discriminator(torch.float32))
     values = script.gradient_matching(discriminator, images(seed=1), 2 * images(seed=2))
     for ours, theirs in zip(values, slow_gradient_matching(discriminator, images(seed=1), 2 * images(seed=2))):
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
@@ -187,7 +205,7 @@ def test_gradient_matching(script):
 @every
 def test_gradient_matching_reaches_the_generator(script, term):
     """Each term's gradient against finite differences through a smooth D, where second derivatives count."""
-    discriminator, real = smooth_discriminator(torch.float32), images(seed=1)
+    discriminator, real = Differentiated(smooth_discriminator(torch.float32)), images(seed=1)
     fake = (2 * images(seed=2)).requires_grad_()
     gradient, = torch.autograd.grad(script.gradient_matching(discriminator, real, fake)[term], fake)
     assert gradient.abs().sum() > 1e-6
@@ -201,36 +219,41 @@ def test_gradient_matching_reaches_the_generator(script, term):
         assert gradient[index].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=2e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [32, 48])
 @every
-def test_gradient_matching_of_the_scripts_own_discriminator(script):
-    """Piecewise linear: the gradient to G is exactly what double backward gives, and not zero in any term."""
-    args = script.resolve(script.Args(width=1 / 16))
+def test_the_discriminator_differentiates_itself(script, size):
+    """Its gradient, Eq. 13's terms with theirs to G, V_P with its to D: as by differentiating twice, and none zero."""
+    args = script.resolve(script.Args(width=1 / 16, image_size=size))
     torch.manual_seed(0)
-    discriminator = script.Discriminator(args)
-    real, fake = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32).requires_grad_()
-    ours = [torch.autograd.grad(t, fake, retain_graph=True)[0] for t in
-            script.gradient_matching(discriminator, real, fake)]
+    discriminator = script.Discriminator(args).to(memory_format=torch.channels_last)
+    real, fake = torch.rand(4, 3, size, size), torch.rand(4, 3, size, size).requires_grad_()
 
-    def plain(x):  # autograd's own leaky ReLU, whose second derivative it does not know to be zero
-        old, script.leaky_relu = script.leaky_relu, F.leaky_relu
-        try:
-            return discriminator(x)
-        finally:
-            script.leaky_relu = old
+    def results(discriminator, parameters):
+        logit, gradient = discriminator.logit_and_gradient(real)
+        found = [logit, gradient]
+        for term in script.gradient_matching(discriminator, real, fake):
+            found += [term, *torch.autograd.grad(term, fake, retain_graph=True)]
+        for penalty in ("score", "rms"):
+            value = script.gradient_penalty(discriminator, real, fake.detach(), torch.full((4, 1, 1, 1), 0.3), penalty)
+            found += [value, *torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)]
+        return found
 
-    theirs = [torch.autograd.grad(t, fake, retain_graph=True)[0] for t in script.gradient_matching(plain, real, fake)]
-    for a, b in zip(ours, theirs):
+    weights = [v for v in discriminator.parameters() if v.ndim > 1]  # a bias reaches a gradient by the score alone
+    for a, b in zip(results(discriminator, weights), results(Differentiated(discriminator), weights), strict=True):
         assert a.abs().max() > 0
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
 
 
 @every
 def test_leaky_relu(script):
     x = torch.linspace(-2, 2, 9, requires_grad=True)
-    ours, theirs = script.leaky_relu(x, 0.1), F.leaky_relu(x, 0.1)
+    slopes = [None]
+    ours, theirs = script.leaky_relu(x, 0.1, slopes), script.leaky_relu(x, 0.1, None)
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(*(torch.autograd.grad(v.square().sum(), x)[0] for v in (ours, theirs)))
-    assert script.leaky_relu(x.bfloat16(), 0.1).dtype == torch.bfloat16
+    for v in (ours, theirs):
+        torch.testing.assert_close(torch.autograd.grad(v.sum(), x)[0], slopes[1])
+    assert slopes[1].tolist() == pytest.approx(5 * [0.1] + 4 * [1.0])
+    assert script.leaky_relu(x.bfloat16(), 0.1, []).dtype == torch.bfloat16
 
 
 @every

@@ -9,8 +9,8 @@ compile last. Operations are counted by torch's FlopCounterMode (2 a multiply-ad
 four iterations are done: compilation and the capture of a CUDA graph are in it, the import of PyTorch is not. What was
 compiled before is found in PyTorch's cache.
 
-On a GPU the rows are eager, graph and compile+graph in TF32 and bf16. The floor is the time that the operations would
-take at the rate of a large matrix product. --tests first runs tests/test_cuda.py, a process for each script.
+On a GPU the rows are graph in fp32, the scripts' default, and eager, graph and compile+graph in TF32 and bf16. The floor
+is the time that the operations would take at the rate of a large matrix product. --tests first runs tests/test_cuda.py, a process for each script.
 """
 import contextlib
 import importlib
@@ -43,6 +43,7 @@ CPU_ROWS = {
     "compile bf16": {"precision": "bf16", "compile": True},
 }
 CUDA_ROWS = {
+    "graph fp32": {"precision": "fp32"},
     "eager tf32": {"precision": "tf32", "cuda_graph": False},
     "graph tf32": {"precision": "tf32"},
     "eager bf16": {"precision": "bf16", "cuda_graph": False},
@@ -294,8 +295,9 @@ def main():
     print(f"{name}, PyTorch {torch.__version__}", flush=True)
     floor = {}
     if cuda:
+        floor = {"fp32": matrix_rate(device, torch.float32)}
         torch.backends.cuda.matmul.allow_tf32 = True
-        floor = {"tf32": matrix_rate(device, torch.float32), "bf16": matrix_rate(device, torch.bfloat16)}
+        floor |= {"tf32": matrix_rate(device, torch.float32), "bf16": matrix_rate(device, torch.bfloat16)}
         print(", ".join(f"matrix product in {p}: {r / 1e12:.0f} TFLOP/s" for p, r in floor.items()), flush=True)
 
     tests = [start_tests(script) for script in args.script if args.tests]
