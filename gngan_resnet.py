@@ -478,22 +478,19 @@ def gradient_matching(discriminator: Discriminator, real: Tensor,
     (1 - D) times the logit's. The logit of a piecewise linear D has a gradient that does not change
     with x. So G learns by D (1 - D), and by the x in the product.
     """
-    def expectations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logit, gradient = discriminator.logit_and_gradient(x)
-        # The same value, with the gradient at hand as its derivative by x: no second pass through D.
-        logit = logit.detach() + ((x - x.detach()) * gradient.detach()).flatten(1).sum(1)
-        score = torch.sigmoid(logit)
-        slope = score * (1 - score)
-        inner = (gradient.float() * x.float()).flatten(1).sum(1)
-        return score.mean(), (slope * l2_norm(gradient)).mean(), (slope * inner.abs()).mean()
-
-    with torch.no_grad():  # the real side has no way to G
-        score_real, norm_real, inner_real = expectations(real)
-    score_fake, norm_fake, inner_fake = expectations(fake)
-    score_term = (score_real - score_fake).abs()
-    norm_term = (norm_real - norm_fake).square()
-    inner_term = (inner_real - inner_fake).square()
-    return score_term, norm_term, inner_term
+    images = torch.cat([real, fake])
+    logit, gradient = discriminator.logit_and_gradient(images)
+    # The same value, with the gradient at hand as its derivative by x: no second pass through D.
+    logit = logit.detach() + ((images - images.detach()) * gradient.detach()).flatten(1).sum(1)
+    score = torch.sigmoid(logit)
+    slope = score * (1 - score)
+    inner = (gradient.float() * images.float()).flatten(1).sum(1)
+    differences = []
+    for values in (score, slope * l2_norm(gradient), slope * inner.abs()):
+        of_real, of_fake = values.split([len(real), len(fake)])  # the real side has no way to G
+        differences.append(of_real.mean() - of_fake.mean())
+    score_difference, norm_difference, inner_difference = differences
+    return score_difference.abs(), norm_difference.square(), inner_difference.square()
 
 
 def latent_data_distance(fake: Tensor, reconstruction: Tensor, z: Tensor, latent: Tensor) -> Tensor:

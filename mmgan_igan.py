@@ -428,7 +428,7 @@ def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
     if name == "poly":
         return ((a * b).sum(-1) / width + 1) ** 3
     if name == "rbf":
-        return torch.exp(-distance(a, b).square() / (2 * width))
+        return torch.exp(-(a - b).square().sum(-1) / (2 * width))
     if name == "exp":
         return torch.exp(-distance(a, b) / (2 * width))
     raise ValueError(f"no kernel {name}")
@@ -436,6 +436,8 @@ def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
 
 def squared_kernel_distance(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
     """|phi(a) - phi(b)|^2 of points a and b [..., d], [...]; phi maps to the Hilbert space of K."""
+    if name in ("rbf", "exp"):  # K(a, a) = 1
+        return 2 - 2 * kernel(a, b, name, width)
     return kernel(a, a, name, width) - 2 * kernel(a, b, name, width) + kernel(b, b, name, width)
 
 
