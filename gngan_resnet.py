@@ -49,8 +49,9 @@ class Args:
     """Seed of the initial weights, the order of the data and every draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """tf32: on a GPU, matrix products in TF32. bf16: networks under autocast, also on a CPU."""
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    """tf32: fp32, but on a GPU products in TF32, as PyTorch has it for convolutions.
+    bf16: networks under autocast, also on a CPU."""
     compile: bool = False
     """torch.compile the losses (a minute or more at the start)."""
     cuda_graph: bool = True

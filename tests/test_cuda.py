@@ -85,7 +85,7 @@ class Training:
     """A script's training on noise. graph=False leaves the graph out, and nothing else: Adam stays capturable."""
 
     def __init__(self, script, graph=True, **kwargs):
-        self.args = script.resolve(script.Args(**{**TINY, **kwargs}))
+        self.args = script.resolve(script.Args(**{**TINY, "precision": "fp32", **kwargs}))
         training.choose_device(DEVICE.type, self.args.precision != "fp32", self.args.deterministic)
         self.networks, self.optimizers, self.rng, self.step = build(script, self.args, DEVICE)
         self.lr = torch.tensor(self.args.lr, device=DEVICE)
@@ -230,8 +230,8 @@ def test_resuming_under_a_graph_is_exact(script, case, tmp_path):
     data = make_data.image_zip(tmp_path / "photos.zip", 40)
     constant = ["--lr-schedule", "constant"] if hasattr(script.Args, "lr_schedule") else []
     given = ["--dataset", "folder", "--data-dir", data, "--width", "0.03125", "--batch-size", "8", "--latent-dim", "8",
-             "--eval-every", "0", "--device", "cuda", "--deterministic", "--ema", "0.9", "--run-dir", tmp_path,
-             *constant, *case]
+             "--eval-every", "0", "--device", "cuda", "--precision", "fp32", "--deterministic", "--ema", "0.9",
+             "--run-dir", tmp_path, *constant, *case]
     run(script, *given, "--run-name", "straight", "--iterations", 20)
     run(script, *given, "--run-name", "resumed", "--iterations", 9)
     run(script, "--resume", tmp_path / "resumed", "--iterations", 20)

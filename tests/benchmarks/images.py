@@ -9,8 +9,9 @@ compile last. Operations are counted by torch's FlopCounterMode (2 a multiply-ad
 four iterations are done: compilation and the capture of a CUDA graph are in it, the import of PyTorch is not. What was
 compiled before is found in PyTorch's cache.
 
-On a GPU the rows are graph in fp32, the scripts' default, and eager, graph and compile+graph in TF32 and bf16. The floor
-is the time that the operations would take at the rate of a large matrix product. --tests first runs tests/test_cuda.py, a process for each script.
+On a GPU the rows are graph in fp32, and eager, graph and compile+graph in TF32 and bf16. The floor is the time that the
+operations would take at the rate of a large matrix product. --tests first runs tests/test_cuda.py, a process for each
+script.
 """
 import contextlib
 import importlib
@@ -225,7 +226,7 @@ def in_turn(functions, device):
 
 
 def compare_generator_updates(script, args, device):
-    """GN-GAN: G's update by scores alone and by Eq. 13, eager in fp32."""
+    """GN-GAN: G's update by scores alone and by Eq. 13, eager, in the default precision."""
     module, resolved = script_args(script, args)
     networks = module.init_networks(resolved, device)
     G, D = networks["generator"], networks["discriminator"].requires_grad_(False)
