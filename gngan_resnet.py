@@ -281,9 +281,11 @@ class Block(nn.Module):
 
     def transpose(self, gradient: Tensor, slopes: list[Tensor]) -> Tensor:
         """The gradient to the block's input, of that to its output. Takes its slopes off the end of `slopes`."""
+        slope = slopes.pop()  # of the input of conv2
+        lost = (slope.shape[-1] - 1) % self.stride  # the row that conv2's stride leaves out, of an even number
         y = F.conv_transpose2d(gradient, self.halve.weight) if self.stride == 2 else gradient
-        y = F.conv_transpose2d(y, self.conv2.weight, None, self.stride, 1, self.stride - 1)
-        y = F.conv_transpose2d(y * slopes.pop(), self.conv1.weight, None, 1, 1)
+        y = F.conv_transpose2d(y, self.conv2.weight, None, self.stride, 1, lost)
+        y = F.conv_transpose2d(y * slope, self.conv1.weight, None, 1, 1)
         if not self.first:
             y = y * slopes.pop()
         for conv in reversed(self.shortcut):

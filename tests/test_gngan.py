@@ -219,7 +219,7 @@ def test_gradient_matching_reaches_the_generator(script, term):
         assert gradient[index].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=2e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("size", [32, 40, 48])
 @every
 def test_the_discriminator_differentiates_itself(script, size):
     """Its gradient, Eq. 13's terms with theirs to G, V_P with its to D: as by differentiating twice, and none zero."""
