@@ -167,11 +167,11 @@ def resolve(args: Args) -> Args:
 
 
 # ------------------------------------------------------------------------------- networks
-def leaky_relu(x: Tensor, slope: float, slopes: Optional[list[Tensor]]) -> Tensor:
-    """Leaky ReLU. Its derivative at each element of x, 1 or `slope`, goes to the end of `slopes`, if given."""
+def leaky_relu(x: Tensor, negative_slope: float, slopes: Optional[list[Tensor]]) -> Tensor:
+    """Leaky ReLU. Its derivative at each element of x, 1 or `negative_slope`, is appended to `slopes`, if given."""
     if slopes is None:
-        return F.leaky_relu(x, slope)
-    slopes.append(x.detach().sign().clamp_(min=slope))  # on a CPU in a tenth of torch.where's time
+        return F.leaky_relu(x, negative_slope)
+    slopes.append(x.detach().sign().clamp_(min=negative_slope))  # on a CPU in a tenth of torch.where's time
     return x * slopes[-1]
 
 
@@ -245,7 +245,7 @@ class Discriminator(nn.Module):
 
     @autocast
     def features(self, x: Tensor, slopes: Optional[list[Tensor]] = None) -> Tensor:
-        """The last convolution's map, [B, 512, 4, 4]."""
+        """The last convolution's map, [B, 512, 4, 4]. Activations append their slopes to `slopes`."""
         for conv in self.convs:  # 64 at 32x32, 64 at 16x16, 128, 128 at 8x8, 256, 256 at 4x4, 512
             x = leaky_relu(conv(x), 0.1, slopes)
         return x.float()
@@ -258,9 +258,10 @@ class Discriminator(nn.Module):
     def logit_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B] of images [B, 3, s, s], and each one's gradient to its image, of the images' shape.
 
-        D is piecewise linear: its gradient is the product of its layers' transposes, with the slopes of
-        its activations between them. It is written out, since autograd's own is slow to differentiate
-        again: for a convolution's weight by a convolution with a kernel as large as the image.
+        D is piecewise linear: near an image its activations are factors that do not change. So its
+        gradient is the product of its layers' transposes, without biases, with these factors between
+        them. It is written out, since autograd's own is slow to differentiate again: for a
+        convolution's weight by a convolution with a kernel as large as the image.
         """
         slopes: list[Tensor] = []
         logit = self(x, slopes)

@@ -170,11 +170,11 @@ def resolve(args: Args) -> Args:
 
 
 # ------------------------------------------------------------------------------- networks
-def leaky_relu(x: Tensor, slope: float, slopes: Optional[list[Tensor]]) -> Tensor:
-    """Leaky ReLU. Its derivative at each element of x, 1 or `slope`, goes to the end of `slopes`, if given."""
+def leaky_relu(x: Tensor, negative_slope: float, slopes: Optional[list[Tensor]]) -> Tensor:
+    """Leaky ReLU. Its derivative at each element of x, 1 or `negative_slope`, is appended to `slopes`, if given."""
     if slopes is None:
-        return F.leaky_relu(x, slope)
-    slopes.append(x.detach().sign().clamp_(min=slope))  # on a CPU in a tenth of torch.where's time
+        return F.leaky_relu(x, negative_slope)
+    slopes.append(x.detach().sign().clamp_(min=negative_slope))  # on a CPU in a tenth of torch.where's time
     return x * slopes[-1]
 
 
@@ -280,11 +280,14 @@ class Block(nn.Module):
         return y + self.shortcut(x[:, :, :: self.stride, :: self.stride])
 
     def transpose(self, gradient: Tensor, slopes: list[Tensor]) -> Tensor:
-        """The gradient to the block's input, of that to its output. Takes its slopes off the end of `slopes`."""
-        slope = slopes.pop()  # of the input of conv2
-        lost = (slope.shape[-1] - 1) % self.stride  # the row that conv2's stride leaves out, of an even number
+        """From the gradient to the block's output, the one to its input; maps are square.
+
+        `slopes` ends with those of the block's activations, which are taken off it.
+        """
+        slope = slopes.pop()  # of conv2's input, which has an even side, or an odd one
+        longer = (slope.shape[-1] - 1) % self.stride
         y = F.conv_transpose2d(gradient, self.halve.weight) if self.stride == 2 else gradient
-        y = F.conv_transpose2d(y, self.conv2.weight, None, self.stride, 1, lost)
+        y = F.conv_transpose2d(y, self.conv2.weight, None, self.stride, 1, longer)
         y = F.conv_transpose2d(y * slope, self.conv1.weight, None, 1, 1)
         if not self.first:
             y = y * slopes.pop()
@@ -311,7 +314,7 @@ class Discriminator(nn.Module):
 
     @autocast
     def features(self, x: Tensor, slopes: Optional[list[Tensor]] = None) -> Tensor:
-        """The last block's map after its ReLU, [B, 128, 8, 8]."""
+        """The last block's map after its ReLU, [B, 128, 8, 8]. Activations append their slopes to `slopes`."""
         for block in self.blocks:  # 128 at 16x16, 128 at 8x8, 128, 128
             x = block(x, slopes)
         return leaky_relu(x, 0.0, slopes).float()
@@ -324,9 +327,10 @@ class Discriminator(nn.Module):
     def logit_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B] of images [B, 3, s, s], and each one's gradient to its image, of the images' shape.
 
-        D is piecewise linear: its gradient is the product of its layers' transposes, with the slopes of
-        its activations between them. It is written out, since autograd's own is slow to differentiate
-        again: for a convolution's weight by a convolution with a kernel as large as the image.
+        D is piecewise linear: near an image its activations are factors that do not change. So its
+        gradient is the product of its layers' transposes, without biases, with these factors between
+        them. It is written out, since autograd's own is slow to differentiate again: for a
+        convolution's weight by a convolution with a kernel as large as the image.
         """
         slopes: list[Tensor] = []
         logit = self(x, slopes)

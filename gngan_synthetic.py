@@ -59,8 +59,8 @@ class Args:
     processes: Optional[int] = None
     """Processes that share the seeds, of one thread each, at most one a seed; on a GPU always 1.
     Default: one a core, or OMP_NUM_THREADS; on macOS 1."""
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
-    """Networks this small train faster on a CPU. auto: cuda where there is one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
     compile: bool = True
     """torch.compile the step of a run of 5,000 iterations or more (half a minute; then cached)."""
     run_dir: str = "runs"

@@ -437,7 +437,7 @@ def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
 
 def squared_kernel_distance(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
     """|phi(a) - phi(b)|^2 of points a and b [..., d], [...]; phi maps to the Hilbert space of K."""
-    if name in ("rbf", "exp"):  # K(a, a) = 1
+    if name == "rbf":  # K(a, a) = 1
         return 2 - 2 * kernel(a, b, name, width)
     return kernel(a, a, name, width) - 2 * kernel(a, b, name, width) + kernel(b, b, name, width)
 

@@ -226,6 +226,9 @@ def test_the_discriminator_differentiates_itself(script, size):
     args = script.resolve(script.Args(width=1 / 16, image_size=size))
     torch.manual_seed(0)
     discriminator = script.Discriminator(args).to(memory_format=torch.channels_last)
+    for module in discriminator.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(module.bias, std=0.1)
     real, fake = torch.rand(4, 3, size, size), torch.rand(4, 3, size, size).requires_grad_()
 
     def results(discriminator, parameters):

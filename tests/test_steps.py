@@ -85,14 +85,14 @@ def test_degenerate_batches(script, case):
 @scripts.each_case({"gngan_cnn": [{}], "mmgan_igan": [{"minibatch_discrimination": True}]} | (
     {"gngan_resnet": [{}], "mmgan_dcgan": [{}]} if scripts.forks else {}))
 def test_compiled_is_eager(script, case, monkeypatch):
-    """Each loss in one graph, double backward and all."""
+    """Each loss in one graph."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compare_compiled(script, case)
 
 
 @scripts.each("gngan_cnn")
 def test_compiled_by_the_cpp_compiler_is_eager(script):
-    """The same through the C++ compiler, with the parts that it compiles fastest; the penalty has a double backward."""
+    """The same through the C++ compiler, with the parts that it compiles fastest."""
     compare_compiled(script, {"autoencoder": False, "neighbor_embedding": False, "gradient_matching": False,
                               "lambda_p": 1.0})
 

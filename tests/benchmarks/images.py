@@ -129,18 +129,6 @@ def start_tests(script):
 
 
 # ----------------------------------------------------------------------------- one script
-class NoModules:
-    """FlopCounterMode's module tracker cannot follow torch.func.grad; only the total is wanted."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-
 def script_args(script, args, **switches):
     """The module of a script and its arguments for a benchmark."""
     module = importlib.import_module(script.partition("=")[0])
@@ -191,7 +179,6 @@ def operations(script, args):
     """Floating-point operations of one iteration."""
     step, _ = setup(script, args, first=0, cuda_graph=False)
     counter = FlopCounterMode(display=False)
-    counter.mod_tracker = NoModules()
     with counter:
         step()
     return counter.get_total_flops()
