@@ -171,7 +171,10 @@ def resolve(args: Args) -> Args:
 
 # ------------------------------------------------------------------------------- networks
 def leaky_relu(x: Tensor, negative_slope: float, slopes: Optional[list[Tensor]]) -> Tensor:
-    """Leaky ReLU. Its derivative at each element of x, 1 or `negative_slope`, is appended to `slopes`, if given."""
+    """Leaky ReLU. Its derivative at each element of x, 1 or `negative_slope`, is appended to `slopes`, if given.
+
+    As a constant: its own derivative is zero, as that of any piecewise linear activation.
+    """
     if slopes is None:
         return F.leaky_relu(x, negative_slope)
     slopes.append(x.detach().sign().clamp_(min=negative_slope))  # on a CPU in a tenth of torch.where's time
@@ -749,6 +752,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
 
     # Networks, optimisers, draws, the step
     networks = init_networks(args, device)
+    training.check_gradient(networks["discriminator"], to_float(images[:2]))
     optimizers = init_optimizers(args, networks)
     start, seconds, begin = 0, 0.0, time.perf_counter()
     if checkpoint is not None:

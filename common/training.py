@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import datetime
 import functools
 import math
@@ -444,6 +445,19 @@ def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional
         args.cuda_graph = False
         if rank == 0:
             print("under torchrun iterations are launched eagerly, not as a CUDA graph", file=sys.stderr)
+
+
+def check_gradient(discriminator: nn.Module, x: Tensor) -> None:
+    """Refuse a D whose `logit_and_gradient` has not the gradient of each image's own logit. x: images [B, C, H, W]."""
+    discriminator, x = copy.deepcopy(discriminator).cpu(), x.cpu()
+    discriminator.bf16 = False
+    _, found = discriminator.logit_and_gradient(x)
+    images = [image.requires_grad_() for image in x.split(1)]
+    own = torch.cat([torch.autograd.grad(discriminator(image).sum(), image)[0] for image in images])
+    error = (found - own).norm() / own.norm()
+    if error > 0.05:
+        raise UserError(f"the discriminator's logit_and_gradient is {error:.0%} off the gradient of its logits: change "
+                        "it with the layers, and let no image depend on others, as in batch norm (docs/gngan.md)")
 
 
 def begin_log(folder: pathlib.Path, args, images: Tensor, networks: dict[str, nn.Module], device: torch.device,
