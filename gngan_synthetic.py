@@ -421,8 +421,12 @@ def feature_error(discriminator: MLP, real: Tensor, reconstruction: Tensor) -> T
 
 
 def encode_sample(encoder: MLP, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A sample of q(z|x) = N(mean, exp(log_var)) with its mean and log-variance, each [B, dim]."""
+    """A sample of q(z|x) = N(mean, exp(log_var)) with its mean and log-variance, each [B, dim].
+
+    The log-variance is kept below 20: of 1D data it begins at up to 66, where a loss overflows.
+    """
     mean, log_var = encoder(x).chunk(2, -1)
+    log_var = log_var.clamp(max=20)
     return mean + noise * (0.5 * log_var).exp(), mean, log_var
 
 

@@ -216,6 +216,14 @@ def test_gradients_stay_finite_for_identical_points_and_dead_units(script):
         assert all(g.isfinite().all() for g in flat(gradients).values())
 
 
+def test_a_large_log_variance_does_not_overflow(script):
+    """VAE-GAN in 1D begins with one of 66 in one of 64 seeds."""
+    x, noise = torch.zeros(5, 1), torch.ones(5, 1)
+    latent, mean, log_var = script.encode_sample(lambda x: torch.full((5, 2), 66.0), x, noise)
+    loss = script.kl_divergence(mean, log_var) + latent.square().mean().square()
+    assert loss.isfinite() and log_var.max() == 20
+
+
 @pytest.mark.parametrize("method", ["ali", "vaegan", "wgangp", "distgan"])  # GN-GAN: the next test
 def test_every_method_is_one_graph(script, method):
     """fullgraph raises on anything that would split the compiled step or wait for the device (an .item(), say)."""
