@@ -393,7 +393,7 @@ def test_a_second_start_of_20000_images_is_quick(tmp_path, monkeypatch):
     start = time.process_time()
     images = datasets.load("folder", tmp_path / "photos.zip", 8)
     images[torch.randint(20000, (64,))]
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 4  # about one; decoding or reading each would take far longer
 
 
 def test_two_decoders_with_one_process_id(tmp_path, monkeypatch):
