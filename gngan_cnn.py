@@ -413,7 +413,7 @@ def gradient_matching(discriminator: Discriminator, real: Tensor,
     logit = logit.detach() + ((images - images.detach()) * gradient.detach()).flatten(1).sum(1)
     score = torch.sigmoid(logit)
     slope = score * (1 - score)
-    inner = (gradient.float() * images.float()).flatten(1).sum(1)
+    inner = (gradient * images).flatten(1).sum(1)
     differences = []
     for values in (score, slope * l2_norm(gradient), slope * inner.abs()):
         of_real, of_fake = values.split([len(real), len(fake)])  # the real side has no way to G

@@ -287,8 +287,8 @@ class Block(nn.Module):
 
         `slopes` ends with those of the block's activations, which are taken off it.
         """
-        slope = slopes.pop()  # of conv2's input, which has an even side, or an odd one
-        longer = (slope.shape[-1] - 1) % self.stride
+        slope = slopes.pop()
+        longer = (slope.shape[-1] - 1) % self.stride  # conv2 halves 6 to 3 and 5 to 3: which was it?
         y = F.conv_transpose2d(gradient, self.halve.weight) if self.stride == 2 else gradient
         y = F.conv_transpose2d(y, self.conv2.weight, None, self.stride, 1, longer)
         y = F.conv_transpose2d(y * slope, self.conv1.weight, None, 1, 1)
@@ -494,7 +494,7 @@ def gradient_matching(discriminator: Discriminator, real: Tensor,
     logit = logit.detach() + ((images - images.detach()) * gradient.detach()).flatten(1).sum(1)
     score = torch.sigmoid(logit)
     slope = score * (1 - score)
-    inner = (gradient.float() * images.float()).flatten(1).sum(1)
+    inner = (gradient * images).flatten(1).sum(1)
     differences = []
     for values in (score, slope * l2_norm(gradient), slope * inner.abs()):
         of_real, of_fake = values.split([len(real), len(fake)])  # the real side has no way to G

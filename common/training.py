@@ -448,7 +448,8 @@ def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional
 
 
 def check_gradient(discriminator: nn.Module, x: Tensor) -> None:
-    """Refuse a D whose `logit_and_gradient` has not the gradient of each image's own logit. x: images [B, C, H, W]."""
+    """Refuse a D whose `logit_and_gradient` has not the gradient of each image's own logit. x: images [B, C, H, W].
+    Raises UserError: it is off by more than 5%, in fp32."""
     discriminator, x = copy.deepcopy(discriminator).cpu(), x.cpu()
     discriminator.bf16 = False
     _, found = discriminator.logit_and_gradient(x)
