@@ -318,6 +318,9 @@ def init_networks(args: Args) -> Networks:
         if "autoencoder" in method.objectives or "encoder" in method.objectives:
             outputs = 2 * args.dim if method.stochastic_encoder else args.dim
             networks["encoder"] = init_mlp([args.dim, *hidden, outputs], x(), rng)
+            if not method.stochastic_encoder:  # codes begin at 0, the middle of the prior, and spread [ours]
+                networks["encoder"][f"w{args.hidden_layers}"].zero_()
+                networks["encoder"][f"b{args.hidden_layers}"].zero_()
         if "discriminator" in method.objectives:
             inputs = torch.cat([x(), z()], -1) if method.judges_pairs else x()
             layers = hidden if args.dim == 2 else hidden[1:]
