@@ -122,6 +122,22 @@ def test_kinks_lie_among_the_inputs(script, dim, method):
         assert ((0 < on) & (on < 1)).float().mean() > 0.9 and 0.35 < on.mean() < 0.65  # some at the data's border
 
 
+@pytest.mark.parametrize("method,dim", [("gngan", 2), ("distgan", 1)])
+def test_codes_begin_in_the_middle_of_the_prior(script, method, dim):
+    """E's codes begin at 0, and the autoencoder's updates move them apart."""
+    args = make_args(script, method, dim, hidden_dim=64)
+    networks, _, train_step = start(script, args)
+    points = script.make_problem(dim).points[::101]
+
+    def codes():
+        return torch.vmap(lambda params: script.MLP(params)(points))(networks["encoder"])
+
+    assert (codes() == 0).all()
+    for batch in make_batches(script, args, 5):
+        train_step(batch)
+    assert (codes().std(1) > 1e-3).all()
+
+
 # ------------------------------------------------------------------------------------------------------- metrics
 def test_metrics_of_hand_made_samples(script):
     problem = script.make_problem(2)
