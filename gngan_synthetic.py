@@ -1,7 +1,7 @@
 """GN-GAN on synthetic data, after "Improving GAN with Neighbors Embedding and Gradient Matching"
 (Tran, Bui and Cheung, AAAI 2019): 25 Gaussians in 2D (table 2, figures 3, 4), three in 1D (figure 2).
 
-    python gngan_synthetic.py --epochs 50             # a first look: a tenth of the protocol
+    python gngan_synthetic.py --epochs 80 --ema 0.999 # a first look: a sixth of the protocol
     python gngan_synthetic.py                         # GN-GAN's row of table 2: 500 epochs, 8 seeds
     python gngan_synthetic.py --method all            # all eight methods: the whole of table 2
     python gngan_synthetic.py --dim 1 --method all    # figure 2 and its video, with four baselines
@@ -289,7 +289,7 @@ def init_mlp(sizes: list[int], inputs: Tensor, rng: torch.Generator) -> Params:
     """Weights N(0, 2 / fan_in) [authors' 2D code], biases U(-1, 1) / sqrt(fan_in) [ours].
 
     In the first layer each unit switches on at one of `inputs` [H, in], so that its kinks lie all over
-    them [ours]. Zero biases put all through (0, 0), a corner of the 2D data: the far end comes last.
+    them [ours]. With small biases they lie around (0, 0), a corner of the 2D data: the far end comes last.
     """
     params = {}
     for k, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
@@ -318,7 +318,7 @@ def init_networks(args: Args) -> Networks:
         if "autoencoder" in method.objectives or "encoder" in method.objectives:
             outputs = 2 * args.dim if method.stochastic_encoder else args.dim
             networks["encoder"] = init_mlp([args.dim, *hidden, outputs], x(), rng)
-            if not method.stochastic_encoder:  # codes begin at 0, the middle of the prior, and spread [ours]
+            if not method.stochastic_encoder:  # codes spread from 0; random ones may stay folded [ours]
                 networks["encoder"][f"w{args.hidden_layers}"].zero_()
                 networks["encoder"][f"b{args.hidden_layers}"].zero_()
         if "discriminator" in method.objectives:
