@@ -1,7 +1,7 @@
 """GN-GAN on synthetic data, after "Improving GAN with Neighbors Embedding and Gradient Matching"
 (Tran, Bui and Cheung, AAAI 2019): 25 Gaussians in 2D (table 2, figures 3, 4), three in 1D (figure 2).
 
-    python gngan_synthetic.py --epochs 80 --ema 0.999 # a first look: a sixth of the protocol
+    python gngan_synthetic.py --epochs 60 --ema 0.999 # a first look: an eighth of the protocol
     python gngan_synthetic.py                         # GN-GAN's row of table 2: 500 epochs, 8 seeds
     python gngan_synthetic.py --method all            # all eight methods: the whole of table 2
     python gngan_synthetic.py --dim 1 --method all    # figure 2 and its video, with four baselines
