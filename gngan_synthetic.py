@@ -925,8 +925,9 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 if rate is not None:
                     writer.add_scalar("charts/iterations_per_second", rate, epoch)
                 writer.add_scalar("charts/learning_rate", learning_rate(args, iteration), epoch)
-                bar.set_postfix(modes=f"{np.mean(scores['modes']):.1f}",
-                                points=f"{np.mean(scores['points']):.0f}", refresh=False)
+                shown = "_ema" if args.ema else ""
+                bar.set_postfix(modes=f"{np.mean(scores['modes' + shown]):.1f}",
+                                points=f"{np.mean(scores['points' + shown]):.0f}", refresh=False)
 
             # Train in blocks, which end with an epoch. Four are sent ahead, so that no process waits
             # for another that is slower for a moment. A signal waits for one, about half a second.
@@ -1063,8 +1064,11 @@ def report(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> str:
     draw_pictures(args, folder, {name: models[name] for name in records})
     rows = [(METHODS[name].title, result, METHODS[name].paper) for name, result in results.items()]
     print("\n".join([pictures.table(rows, with_paper=args.dim == 2), *ends]))
-    figures = [f"{title} {result['modes']['mean']:.2f} modes {result['points']['mean']:.1f} points"
-               for title, result, _ in rows]
+    figures = []
+    for title, result, _ in rows:
+        shown, words = ("_ema", ", averaged G,") if "modes_ema" in result else ("", "")
+        figures.append(f"{title}{words} {result['modes' + shown]['mean']:.2f} modes "
+                       f"{result['points' + shown]['mean']:.1f} points")
     return ", ".join(figures + ends)
 
 
