@@ -40,7 +40,7 @@ from common.training import draw_seed, due
 
 SCRIPT = pathlib.Path(__file__).stem
 NUM_SAMPLES = 2000  # generated points that an evaluation registers [paper]
-COMPILE_FROM = 5000  # iterations of a method's whole run from which compiling (half a minute) pays
+COMPILE_FROM = 5000  # iterations of a method's whole run from which compiling (a minute) pays
 Params = dict[str, Tensor]  # a network's weights: w0 [in, out], b0 [out], w1, ...; of S seeds [S, ...]
 Networks = dict[str, Params]  # of S seeds, by name: generator, encoder, discriminator, generator_ema
 Terms = dict[str, Tensor]  # scalars by name, which go to TensorBoard; with or without a gradient
@@ -62,7 +62,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     compile: bool = True
-    """torch.compile the step of a run of 5,000 iterations or more (half a minute; then cached)."""
+    """torch.compile the step of a run of 5,000 iterations or more (a minute; then cached)."""
     run_dir: str = "runs"
     """The folder for run folders."""
     run_name: Optional[str] = None
