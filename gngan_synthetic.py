@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
@@ -876,10 +875,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
     title = METHODS[args.method].title
     # each of several methods has a TensorBoard folder of its own, so that their curves share a chart
     events = folder / args.method if header["args"]["method"] == "all" else folder
-    writer = SummaryWriter(str(events), purge_step=math.ceil(start / length))
-    if start < total:  # anew when a run goes on: flags may have changed
-        arguments = "\n".join(f"    {name} = {value}" for name, value in vars(args).items())
-        writer.add_text("arguments", arguments, start // length)
+    writer = training.summary_writer(events, args, math.ceil(start / length), arguments=start < total)
     bar = tqdm(total=total, initial=start, desc=title, unit="it", mininterval=0.5, dynamic_ncols=True,
                postfix="compiling" if compiled else None)
 
@@ -973,7 +969,7 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
     if checkpoint is None:
         return args, None, None
 
-    entries = {"method": str, "finished": dict, "losses": dict, "frames": list}
+    entries = {"method": str, "finished": dict, "frames": list}
     if (any(not isinstance(checkpoint.get(name), kind) for name, kind in entries.items())
             or checkpoint["method"] not in METHODS):
         raise UserError(f"{file} is not a checkpoint of {SCRIPT}.py")

@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import threading
 import time
 import uuid
 from typing import Callable, Iterator, NoReturn, Optional, TextIO
@@ -48,6 +49,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     notebook = "IPython" in sys.modules
     received.clear()
+    threading.excepthook = lambda failed: isinstance(failed.exc_value, OSError) or threading.__excepthook__(failed)
     on_signals(lambda number: sys.exit(128 + number))
     status = 2
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
@@ -357,6 +359,9 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
             if not problem:
                 try:
                     yield place
+                except OSError as error:  # of TensorBoard, of a picture; it names no file
+                    raise WriteError(f"cannot write in {place}: {reason(error)}; go on with --resume {quote(place)}"
+                                     ) from None
                 finally:
                     with contextlib.suppress(OSError):
                         if new and os.listdir(place) == [".lock"]:
@@ -398,7 +403,7 @@ def read_checkpoint(path: str | os.PathLike, script: str) -> tuple[pathlib.Path,
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a cut or foreign file makes PyTorch raise
         raise UserError(f"cannot read {file}: it is cut off or no checkpoint ({reason(error)})") from None
-    entries = {"script": str, "args": dict, "iteration": int, "seconds": float, "networks": dict}
+    entries = {"script": str, "args": dict, "iteration": int, "seconds": float, "losses": dict, "networks": dict}
     if not (isinstance(checkpoint, dict)
             and all(isinstance(checkpoint.get(name), kind) for name, kind in entries.items())):
         raise UserError(f"{file} is not a checkpoint of {script}.py")

@@ -364,7 +364,7 @@ def save_checkpoint(folder: pathlib.Path, header: dict, networks: nn.ModuleDict,
                     optimizers: dict[str, torch.optim.Optimizer], sampled: str) -> None:
     """Write checkpoint.pt, all that training goes on from, and generator.pt, the network `sampled` alone.
 
-    header: what both hold beside weights: script, args, iteration, seconds, data (the images' fingerprint).
+    header: what both hold beside weights: script, args, iteration, seconds, losses, data (fingerprint).
     """
     moments = {name: optimizer.state_dict()["state"] for name, optimizer in optimizers.items()}
     # checkpoint.pt last: a run that goes on from it has the generator.pt that belongs to it, or a newer one
@@ -469,13 +469,30 @@ def begin_log(folder: pathlib.Path, args, images: Tensor, networks: dict[str, nn
     on = f", from iteration {start:,} on" if start else ""
     print(f"{folder}: {args.dataset}, {len(images):,} images of {images.shape[2]}x{images.shape[3]}, on "
           f"{describe(device)}{on}; parameters: {sizes}; to watch: tensorboard --logdir {quote(folder)}")
-    from torch.utils.tensorboard import SummaryWriter  # a second to import
     (folder / "samples").mkdir(exist_ok=True)
-    writer = SummaryWriter(str(folder), purge_step=start + 1)
-    if start < args.iterations:  # anew when a run goes on: flags may have changed
-        arguments = "\n".join(f"    {name} = {value}" for name, value in vars(args).items())
-        writer.add_text("arguments", arguments, start)
+    return summary_writer(folder, args, start, arguments=start < args.iterations)
+
+
+def summary_writer(folder: pathlib.Path, args, step: int, arguments: bool):
+    """TensorBoard's writer of a run that begins, or goes on, at `step`; what was shown from there on is dropped, and
+    must be shown again. arguments: write them as text, anew when a run goes on, since flags may have changed."""
+    from torch.utils.tensorboard import SummaryWriter  # a second to import
+    # TensorBoard reads files by name, which has the time: earlier files must sort first, also after a clock went back
+    files = sorted(file.name for file in folder.glob("events.out.tfevents.*"))
+    if files and files[-1] >= f"events.out.tfevents.{int(time.time()):010d}":
+        for number, name in enumerate(files):
+            os.replace(folder / name, folder / f"events.out.tfevents.-{number:09d}")  # - sorts before digits
+    writer = SummaryWriter(str(folder), purge_step=step)
+    if arguments:
+        writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in vars(args).items()), step)
     return writer
+
+
+def show_scores(writer, record: dict) -> None:
+    """Write the scores of a line of metrics.jsonl to TensorBoard."""
+    for name, value in record.items():
+        if isinstance(value, float) and name not in ("images_per_second", "seconds"):  # nor numbers of images
+            writer.add_scalar(f"metrics/{name}", value, record["iteration"])
 
 
 def images_per_second(bar: tqdm, batch_size: int) -> Optional[float]:

@@ -1,4 +1,5 @@
 """The image scripts as users run them: run folders, resuming, kills, signals, errors, scores, generated images."""
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -209,30 +210,6 @@ def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_pa
         assert ours == theirs
 
 
-@each(scope="module")
-def test_kills(script, straight, data, tmp_path):
-    """kill -9 at arbitrary moments, also before the first checkpoint, with checkpoints written all the time: the same
-    command goes on each time, and ends with the weights of a run left alone."""
-    rng, folder = random.Random(0), tmp_path / "r"
-    command = arguments(data, tmp_path, "r", *LONG, "--checkpoint-every", 1, "--resume", "auto")
-    file = folder / "checkpoint.pt"
-    for kill in range(5):
-        start = checkpoint(folder)["iteration"] if file.exists() else 0  # never a torn file
-        process = Process(script, *command)
-        writes = rng.randrange(1, 6) if kill and start < TOTAL - 20 else 0  # the run must not end before its kills
-        for _ in range(writes):
-            before = file.stat().st_ino if file.exists() else None
-            wait_for(lambda before=before: file.exists() and file.stat().st_ino != before, process)
-        time.sleep(rng.uniform(0, 0.02 if writes else 0.2))
-        assert process.poll() is None, process.communicate()[1]
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -9
-    assert checkpoint(folder)["iteration"] > 0
-    run(script, *command)
-    same_checkpoints(folder, straight)
-
-
 @scripts.alike()
 def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
     """By a signal, which makes it end without scores, or by a kill: the run that goes on begins with it."""
@@ -285,6 +262,37 @@ def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
     metrics.write_bytes(whole + b"\n\n")
     go_on(tmp_path / "straight", good)
     same_checkpoints(folder, tmp_path / "straight")
+
+
+@scripts.alike()
+@pytest.mark.parametrize("end", ["save_checkpoint", "show_scores"])
+def test_tensorboard_after_a_kill(script, tmp_path, monkeypatch, end):
+    """At iteration 0 before the first checkpoint, or between a line of metrics.jsonl and TensorBoard's points; then the
+    clock goes back by an hour. TensorBoard has each point once, in order."""
+    class Evaluator:
+        def score(self, *given, **named):
+            return {"fid": 1.0}
+
+    def be_killed(*given):
+        raise KeyboardInterrupt
+
+    args = script.resolve(script.Args(**TINY, dataset="folder", iterations=4, eval_every=2, log_every=1))
+    images, folder = noise(dataclasses.replace(args, batch_size=20)), tmp_path / "r"
+    folder.mkdir()
+    for target in (end, "begin_log", None):
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            if target == "begin_log":
+                earlier = time.time() - 3600
+                patch.setattr(time, "time", lambda earlier=earlier: earlier)
+                target = "show_scores"
+            if target:
+                patch.setattr(training, target, be_killed)
+            before = checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
+            script.train(args, images, CPU, folder, before, Evaluator(), [])
+    board = events(folder)
+    assert [e.step for e in board.Images("images/real")] == [0]
+    assert [e.step for e in board.Scalars("losses/generator")] == [1, 2, 3, 4]
+    assert [(e.step, e.value) for e in board.Scalars("metrics/fid")] == [(2, 1), (4, 1)]
 
 
 @each()

@@ -16,7 +16,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch.utils.tensorboard", "torchvision.utils", "torchvision.datasets", "tyro", "tqdm",
-                                "matplotlib.pyplot", "torch_fidelity", "launcher"])
+                                "matplotlib.pyplot", "torch_fidelity", "torch._dynamo", "launcher"])
 
 
 def main(script, arguments, folder, file_limit, environment, output, closed):
@@ -93,14 +93,15 @@ def torchrun_environment(count, store=None, attempt=0):
     return store, [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def start_together(count, script, *arguments, present=None, own=(), store=None, attempt=0, **kwargs):
+def start_together(count, script, *arguments, present=None, own=(), store=None, attempt=0, environment=(), **kwargs):
     """The processes that `torchrun --nproc-per-node COUNT SCRIPT ...` starts.
     present: the ranks that are started, by default all; own: further arguments of the last."""
     store, environments = torchrun_environment(count, store, attempt)
     processes = []
     for rank in range(count) if present is None else present:
         more = own if rank == count - 1 else ()
-        processes.append(Process(script, *arguments, *more, environment=environments[rank], **kwargs))
+        processes.append(Process(script, *arguments, *more, environment={**environments[rank], **dict(environment)},
+                                 **kwargs))
         processes[-1].store = store  # as long as one of them is there
     return processes
 

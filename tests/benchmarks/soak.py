@@ -1,0 +1,429 @@
+"""Kills, signals, full disks, second processes, many times over: does a run ever lose or alter what it computed?
+
+    python tests/benchmarks/soak.py                              # all scripts: 1,000 kills, 50 of each further kind
+    python tests/benchmarks/soak.py gngan_cnn my_gan=gngan_cnn   # some scripts; a fork as FORK=MODEL
+    python tests/benchmarks/soak.py gngan_cnn --kinds kill --only 17     # one try again
+
+A try is a small run of a script: it starts, decodes, trains, saves, scores, draws. It is ended at random moments and
+begun again by the same command, until it is done. It must then have left what a run left that nobody ended, bit for
+bit: weights, moments, averages, losses, metrics.jsonl, pictures, TensorBoard's points (but for rates).
+
+  kill      SIGKILL
+  signal    SIGTERM, SIGINT; at times two of them
+  disk      a file system of its own is full from such a moment on, but for some bytes, until the run has ended
+  pair      a second process goes on in the folder while the first trains; mostly one of them is killed
+  data      four processes start on one data folder, never decoded before; one is killed
+  clock     the clock jumps by up to a day, back and forth; kills
+  worker    one of a run's processes is killed: of torchrun's two, or of those that gngan_synthetic.py starts
+
+Half of the moments are anywhere in a run's time, half at most milliseconds after the run has changed a file.
+Lost: the checkpoint cannot be read, or is older than one before. Altered: something differs at the end. Stuck: a
+process does not end, or not as it should, or does not go on. Of a try with a fault, the run folder is kept.
+Moments are drawn from --seed; where they hit depends on the machine's speed, too.
+"""
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import pathlib
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/helpers")]
+import make_data
+import torch
+from compare import flat
+from conftest import SCRIPTS
+from launcher import Process, start_together, wait_for
+from make_runs import TINY, UNLIKE, events
+
+import common
+
+PATIENCE = 120.0  # seconds in which a process must end that nobody ends
+IMAGES = ["--device", "cpu", "--dataset", "folder", *TINY, "--iterations", 24, "--ema", 0.9, "--log-every", 2,
+          "--sample-every", 6, "--checkpoint-every", 3]
+# what else a try may have: drawn for each
+VARIANTS = {"images": {"": [], "scores": ["--eval-every", 12, "--num-real", 12, "--num-fake", 10]},
+            "synthetic": {"2D": ["--dim", 2, "--method", "gngan", "--ema", 0.9],
+                          "1D": ["--dim", 1, "--method", "all"]}}
+SYNTHETIC = ["--device", "cpu", "--num-seeds", 3, "--processes", 2, "--epochs", 4, "--hidden-dim", 16,
+             "--batch-size", 3000, "--checkpoint-every", 1]
+FOUR = ["r", "r2", "r3", "r4"]
+
+
+class Fault(Exception):
+    """Its first word is lost, altered or stuck."""
+
+
+class Run:
+    """A small run of a script, and the folder `place` with its data, cache and run folders."""
+
+    def __init__(self, script, model, variant, place, shared, processes=1, clock=None):
+        self.script, self.place, self.processes, self.clock = script, place, processes, clock
+        self.newest, self.hits, self.moments, self.remains = -1, 0, collections.Counter(), set()
+        self.given = SYNTHETIC + VARIANTS["synthetic"][variant] if model in SCRIPTS["synthetic"] else [
+            *IMAGES, *VARIANTS["images"][variant], "--data-dir", place / "photos.zip",
+            "--inception-weights", shared / "inception.pth"]
+        shutil.copy(shared / "photos.zip", place)
+
+    def folder(self, name="r"):
+        return self.place / "runs" / name
+
+    def start(self, name="r"):
+        """The command, which begins the run or goes on with it, as a list of processes."""
+        words = [f"{self.script}.py", *self.given, "--run-dir", self.place / "runs", "--run-name", name, "--resume",
+                 "auto"]
+        if self.clock is not None:
+            words = ["tests/helpers/clock.py", self.clock.random(), *words]
+        environment = {"XDG_CACHE_HOME": str(self.place / "cache")}
+        processes = (start_together(self.processes, *words, environment=environment) if self.processes > 1
+                     else [Process(*words, environment=environment)])
+        for process in processes:  # from here on it behaves as a program that a shell has started
+            wait_for(pathlib.Path(process.folder.name, "err").exists, process)
+        return processes
+
+    def files(self):
+        """What changes whenever the run changes a file."""
+        seen = []
+        for folder, _, names in os.walk(self.place):
+            for name in names:
+                try:
+                    stat = os.lstat(os.path.join(folder, name))
+                except FileNotFoundError:
+                    continue
+                seen.append((name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        return sorted(seen)
+
+    def note_moment(self, process):
+        """What a process did when it was killed, by what it has left."""
+        remains, words = {file.name for file in self.place.rglob("*.tmp")}, process.read("err").split("\r")[-1]
+        new, self.remains = remains - self.remains, remains
+        scored = [record["iteration"] for record in common.read_lines(self.folder() / "metrics.jsonl")]
+        if any(".npy." in name for name in new):
+            moment = "decoding"
+        elif new:
+            moment = "saving"
+        elif "to watch" not in process.read("out"):
+            moment = "starting"
+        elif "--eval-every" in self.given and self.newest in (12, 24) and self.newest not in scored:
+            moment = "scoring"
+        elif re.search(r"(\d+)/\1 \[", words):
+            moment = "ending"  # drawing, in gngan_synthetic.py
+        else:
+            moment = "training"
+        self.moments[moment] += 1
+
+    def wait_for_moment(self, rng, seconds, process):
+        """Seconds: of a whole run."""
+        if rng.random() < 0.5:
+            process.process.join(rng.uniform(0, 0.7 * seconds))
+            return
+        for _ in range(rng.randrange(1, 15)):
+            before = self.files()
+            while self.files() == before and process.poll() is None:
+                time.sleep(0.001)
+        time.sleep(rng.choice([0, rng.uniform(0, 0.003), rng.uniform(0, 0.05)]))
+
+    def hit(self, process, number):
+        """Send a signal. Whether it came in time."""
+        alive = process.poll() is None
+        process.send_signal(number)
+        self.hits += alive
+        return alive
+
+    def end(self, process, *statuses):
+        """Wait for the end of a process, with one of these exit statuses, by default 0, and without a traceback."""
+        try:
+            _, err = process.communicate(PATIENCE)
+        except TimeoutError as error:
+            raise Fault(f"stuck: it does not end: {str(error)[-500:]}") from None
+        # a signal that comes before Python has heard of ours ends it at once, as it ends any program
+        early = process.returncode < 0 and -process.returncode + 128 in statuses
+        if not early and (process.returncode not in (statuses or (0,)) or "Traceback" in err):
+            raise Fault(f"stuck: exit status {process.returncode}: {err[-900:]}")
+
+    def check_saved(self):
+        """The checkpoint is whole, and as new as the newest before."""
+        file = self.folder() / "checkpoint.pt"
+        if not file.exists():
+            if self.newest >= 0:
+                raise Fault("lost: the checkpoint is gone")
+            return
+        try:
+            _, saved = common.read_checkpoint(file, pathlib.Path(self.script).name)
+        except common.UserError as error:
+            raise Fault(f"lost: {error}") from None
+        position = saved["iteration"] + 1_000_000 * len(saved.get("finished", ()))
+        if position < self.newest:
+            raise Fault(f"lost: the checkpoint is of {position}, after one of {self.newest}")
+        self.newest = position
+
+
+def leavings(folder):
+    """What a run left that must be the same, by name."""
+    left = {}
+    for name in ("checkpoint.pt", "generator.pt"):
+        saved = torch.load(folder / name, weights_only=True) if (folder / name).exists() else {}
+        left |= {name + key: value for key, value in flat(saved).items()
+                 if not key.endswith((*UNLIKE, "data_dir", "inception_weights"))}
+    rates = ("seconds", "images_per_second", "iterations_per_second")
+    for number, record in enumerate(common.read_lines(folder / "metrics.jsonl")):
+        left |= {f"metrics.jsonl line {number} {k}": value for k, value in record.items() if k not in rates}
+    if (folder / "results.json").exists():
+        for method, result in json.loads((folder / "results.json").read_text()).items():
+            left |= {f"results.json {method} {k}": value for k, value in result.items() if k not in rates}
+    for file in (file for pattern in ("samples/*", "*.png", "*.gif") for file in folder.glob(pattern)):
+        left[file.name] = file.read_bytes()
+    for place in {file.parent for file in folder.rglob("events.*")}:
+        points, log = events(place), f"TensorBoard {place.name if place != folder else ''}"
+        for tag in points.Tags()["scalars"]:
+            if not tag.endswith("per_second"):
+                left[f"{log} {tag}"] = [(point.step, point.value) for point in points.Scalars(tag)]
+        for tag in points.Tags()["images"]:
+            left[f"{log} {tag}"] = [(point.step, point.encoded_image_string) for point in points.Images(tag)]
+    left["files"] = sorted(file.name for file in folder.iterdir() if not file.name.endswith(".tmp")
+                           and "events." not in file.name)
+    return left
+
+
+def compare(left, straight):
+    for name in sorted(left.keys() | straight.keys()):
+        a, b = left.get(name), straight.get(name)
+        if not (torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b):
+            raise Fault(f"altered: {name}: {str(a)[:300]} instead of {str(b)[:300]}")
+
+
+# ---------------------------------------------------------------------------------------------------------- kinds
+# A kind is a function of (run, rng, seconds that the run takes). What it does to the run is over when it returns.
+def interrupted(run, rng, seconds, *numbers):
+    """Up to twelve times ended by one of these signals."""
+    for _ in range(rng.randrange(1, 13)):
+        process, = run.start()
+        run.wait_for_moment(rng, seconds, process)
+        sent = [rng.choice(numbers)]
+        alive = run.hit(process, sent[0])
+        if len(numbers) > 1 and rng.random() < 0.3:  # a user who presses Ctrl-C again
+            time.sleep(rng.uniform(0, 0.3))
+            sent.append(rng.choice(numbers))
+            process.send_signal(sent[1])
+        run.end(process, 0, *(128 + number for number in sent))
+        run.check_saved()
+        if not alive or process.returncode == 0:
+            return
+        if process.returncode == -signal.SIGKILL:
+            run.note_moment(process)
+
+
+def kill(run, rng, seconds):
+    interrupted(run, rng, seconds, signal.SIGKILL)
+
+
+def signals(run, rng, seconds):
+    interrupted(run, rng, seconds, signal.SIGTERM, signal.SIGINT)
+
+
+def clock(run, rng, seconds):
+    run.clock = rng
+    interrupted(run, rng, seconds, signal.SIGKILL)
+
+
+def disk(run, rng, seconds):
+    ballast = run.place / "ballast"
+    for _ in range(rng.randrange(1, 5)):
+        process, = run.start()
+        run.wait_for_moment(rng, seconds, process)
+        if process.poll() is not None:
+            return
+        left = rng.choice([0, rng.randrange(5000), rng.randrange(500_000)])
+        with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 20))
+        with contextlib.suppress(OSError):
+            os.truncate(ballast, max(0, ballast.stat().st_size - left))
+        try:
+            run.end(process, 0, 2)
+        finally:
+            ballast.unlink()
+        run.hits += process.returncode == 2
+        run.check_saved()
+
+
+def pair(run, rng, seconds):
+    first, = run.start()
+    run.wait_for_moment(rng, seconds, first)
+    second, = run.start()
+    time.sleep(rng.uniform(0, 1))
+    victim, other = rng.sample([first, second], 2)
+    if rng.random() < 0.7:
+        run.hit(victim, signal.SIGKILL)
+    else:
+        run.hits += first.poll() is None
+    run.end(victim, 0, 128 + signal.SIGKILL)
+    run.end(other)
+    run.check_saved()
+
+
+def data(run, rng, seconds):
+    processes = {name: run.start(name)[0] for name in FOUR}
+    victim = processes[rng.choice(FOUR)]
+    run.wait_for_moment(rng, 1.0, victim)
+    run.hit(victim, signal.SIGKILL)
+    for process in processes.values():
+        run.end(process, 0, *([128 + signal.SIGKILL] if process is victim else []))
+    for name in FOUR[1:]:
+        run.end(*run.start(name))
+
+
+def worker(run, rng, seconds):
+    for _ in range(rng.randrange(1, 5)):
+        processes = run.start()
+        victim = rng.choice(processes)
+        run.wait_for_moment(rng, seconds, victim)
+        if run.processes > 1:
+            if run.hit(victim, signal.SIGKILL):
+                time.sleep(rng.uniform(0, 1))
+                for process in processes:  # torchrun then ends the others
+                    process.send_signal(signal.SIGTERM)
+        else:
+            started = pathlib.Path(f"/proc/{victim.process.pid}/task/{victim.process.pid}/children")
+            with contextlib.suppress(FileNotFoundError, IndexError, ProcessLookupError):  # none yet, or no longer
+                os.kill(int(rng.choice(started.read_text().split())), signal.SIGKILL)
+                run.hits += 1
+        for process in processes:
+            run.end(process, 0, 2, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
+        run.check_saved()
+
+
+KINDS = {"kill": kill, "signal": signals, "disk": disk, "pair": pair, "data": data, "clock": clock, "worker": worker}
+
+
+# ---------------------------------------------------------------------------------------------------------- tries
+def left_alone(script, model, variant, processes, shared):
+    """What a run leaves that nobody ends, and the seconds it took: done once, and kept in a file."""
+    file = shared / f"{pathlib.Path(script).name} {variant} {processes}.pickle"
+    if not file.exists():
+        place = shared / file.stem
+        place.mkdir()
+        run, begin = Run(script, model, variant, place, shared, processes), time.monotonic()
+        for process in run.start():
+            run.end(process)
+        file.write_bytes(pickle.dumps((leavings(run.folder()), time.monotonic() - begin)))
+    return pickle.loads(file.read_bytes())
+
+
+def variants(model):
+    return list(VARIANTS["synthetic" if model in SCRIPTS["synthetic"] else "images"])
+
+
+def processes_of(kind, model):
+    """That torchrun starts; gngan_synthetic.py starts its own."""
+    return 2 if kind == "worker" and model not in SCRIPTS["synthetic"] else 1
+
+
+def one_try(kind, script, model, number, seed, shared):
+    """Hits, what the killed processes did, and the fault in words or None."""
+    rng = random.Random(f"{seed} {kind} {script} {number}")
+    settings, processes = variants(model), processes_of(kind, model)
+    variant = settings[rng.random() < 0.15]
+    place = shared / f"{pathlib.Path(script).name} {kind} {number}"
+    place.mkdir()
+    if kind == "disk":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "soak", place], check=True)
+    run = Run(script, model, variant, place, shared, processes)
+    fault = None
+    try:
+        straight, seconds = left_alone(script, model, variant, processes, shared)
+        KINDS[kind](run, rng, seconds)
+        for process in run.start():
+            run.end(process)
+        for name in FOUR if kind == "data" else FOUR[:1]:
+            compare(leavings(run.folder(name)), straight)
+    except Exception as error:
+        fault = str(error) if isinstance(error, Fault) else f"stuck: {type(error).__name__} {error}"
+        shutil.copytree(place, shared / "faults" / place.name)
+    if kind == "disk":
+        subprocess.run(["umount", "--lazy", place], check=True)
+    shutil.rmtree(place)
+    return run.hits, run.moments, fault
+
+
+def tries(jobs, kind, script, model, numbers, seed, shared, pool):
+    """The results of tries with these numbers, `jobs` at once: (number, hits, moments, fault)."""
+    begun = {}
+    while True:
+        for number in itertools.islice(numbers, jobs - len(begun)):
+            begun[pool.submit(one_try, kind, script, model, number, seed, shared)] = number
+        if not begun:
+            return
+        for done in concurrent.futures.wait(begun, return_when="FIRST_COMPLETED").done:
+            yield begun.pop(done), *done.result()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kills", type=int, default=1000, help="of the kind kill, over all scripts")
+    parser.add_argument("--others", type=int, default=50, help="of each further kind, over all scripts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="the try of this number alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="tries at once")
+    args = parser.parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the same in every process
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of semaphores that killed processes left
+    if "disk" in args.kinds and os.geteuid() != 0:  # a user may mount in a namespace of his own
+        os.execvp("unshare", ["unshare", "--map-root-user", "--mount", sys.executable, *sys.argv])
+    names = args.scripts or [name for group in SCRIPTS.values() for name in group]
+    pairs = [(n.partition("=")[0].removesuffix(".py"), (n.partition("=")[2] or n).removesuffix(".py")) for n in names]
+    faults = 0
+    spawn = multiprocessing.get_context("spawn")
+    with (tempfile.TemporaryDirectory() as temporary,
+          concurrent.futures.ProcessPoolExecutor(args.jobs, spawn, logging.disable) as pool):
+        shared = pathlib.Path(temporary)
+        make_data.image_zip(shared / "photos.zip", 400)
+        make_data.inception_weights(shared / "inception.pth")
+        for kind in args.kinds:
+            total, begin = dict(tries=0, hits=0, lost=0, altered=0, stuck=0), time.monotonic()
+            moments = collections.Counter()
+            several = [pair for pair in pairs if kind != "data" or pair[1] not in SCRIPTS["synthetic"]]
+            for script, model in several:
+                wanted = total["hits"] + math.ceil((args.kills if kind == "kill" else args.others) / len(several))
+                for variant in variants(model):
+                    pool.submit(left_alone, script, model, variant, processes_of(kind, model), shared).result()
+                numbers = itertools.count() if args.only is None else iter([args.only])
+                numbers = itertools.takewhile(lambda _, wanted=wanted, total=total: total["hits"] < wanted, numbers)
+                for number, *result in tries(args.jobs, kind, script, model, numbers, args.seed, shared, pool):
+                    hits, done, fault = result
+                    total["tries"] += 1
+                    total["hits"] += hits
+                    moments += done
+                    if fault:
+                        faults += 1
+                        total[fault.split(":")[0]] += 1
+                        print(f"{script} {kind} {number}: {fault}\n  again: python tests/benchmarks/soak.py "
+                              f"{script}={model} --kinds {kind} --only {number} --seed {args.seed}", flush=True)
+            print(f"{kind:7}", ", ".join(f"{value} {name}" for name, value in total.items()),
+                  f"({time.monotonic() - begin:.0f} s)", flush=True)
+            if moments:
+                print("    while", ", ".join(f"{name} {number}" for name, number in moments.most_common()), flush=True)
+        if faults:
+            shutil.copytree(shared / "faults", ROOT / "runs/soak", dirs_exist_ok=True)
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
