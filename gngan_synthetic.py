@@ -900,7 +900,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 contents = {**header, "iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
                             "method": args.method, **state, "frames": frames}
                 common.write_atomically(
-                    folder / "checkpoint.pt", functools.partial(torch.save, contents),
+                    folder / "checkpoint.pt", functools.partial(training.save, contents),
                     advice=f"make room and go on with --resume {common.quote(folder)}; ")
 
             # Evaluate (a resumed run first repeats the evaluation that followed its checkpoint)
@@ -969,7 +969,7 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
     if checkpoint is None:
         return args, None, None
 
-    entries = {"method": str, "finished": dict, "frames": list}
+    entries = {"method": str, "finished": dict, "losses": dict, "frames": list}
     if (any(not isinstance(checkpoint.get(name), kind) for name, kind in entries.items())
             or checkpoint["method"] not in METHODS):
         raise UserError(f"{file} is not a checkpoint of {SCRIPT}.py")

@@ -821,11 +821,10 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     networks = init_networks(args, device)
     optimizers = init_optimizers(args, networks)
     start, seconds, begin = 0, 0.0, time.perf_counter()
-    losses: Terms = {}
     if checkpoint is not None:
         training.check_data(checkpoint, header["data"], args.data_dir)
         training.restore(checkpoint, networks, optimizers)
-        start, seconds, losses = checkpoint["iteration"], checkpoint["seconds"], checkpoint["losses"]
+        start, seconds = checkpoint["iteration"], checkpoint["seconds"]
     lr = torch.tensor(args.lr, device=device)  # filled in place: a captured graph reads it
     for optimizer in optimizers.values():
         optimizer.param_groups[0]["lr"] = lr
@@ -841,6 +840,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     sampled = "generator_ema" if args.ema else "generator"
     sample_rng = torch.Generator().manual_seed(draw_seed(args.seed, 0, 1))  # on every device the same
     fixed_noise = draw_latents(64, args, sample_rng).to(device)
+    losses: Terms = {}
 
     # What is shown
     main_process = training.world()[0] == 0  # of torchrun's processes: the one that writes
@@ -850,7 +850,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
         if start < args.iterations:  # a finished run stays as it is, whatever the flags
             common.write_setting(folder, SCRIPT, header["args"])
         trained = {name: networks[name] for name in optimizers}
-        writer = training.begin_log(folder, args, images, trained, device, start)
+        writer = training.begin_log(folder, args, images, trained, device, checkpoint)
         if start == 0:
             real = get_batch(images, args, 0, device)[:64]
             writer.add_image("images/real", make_grid(real, nrow=8).cpu())
@@ -865,33 +865,34 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
             evaluate = evaluator is not None and due(args.eval_every, iteration, args.iterations)
             save = due(args.checkpoint_every, iteration, args.iterations)
             save = save or evaluate or last or iteration == 0
+            # what a resumed run shows of its first iteration, `begin_log` has shown
+            unwritten = main_process and (iteration > start or checkpoint is None)
 
-            # Log (a resumed run shows its first iteration again: `begin_log` drops what was shown of it)
-            if main_process and (log or save):
+            # Log
+            if unwritten and (log or save):
                 training.check_finite(networks.state_dict(), f"iteration {iteration}", folder)
-            if main_process and log:
+            points = {}  # TensorBoard's of this iteration
+            if unwritten and log:
                 values = {name: value.item() for name, value in losses.items()}
-                for name, value in values.items():
-                    writer.add_scalar(f"losses/{name}", value, iteration)
-                rate = training.images_per_second(bar, args.batch_size)
-                if rate is not None:
-                    writer.add_scalar("charts/images_per_second", rate, iteration)
-                writer.add_scalar("charts/learning_rate", learning_rate(args, iteration - 1), iteration)
+                points = {f"losses/{name}": value for name, value in values.items()}
+                points["charts/images_per_second"] = training.images_per_second(bar, args.batch_size)
+                points["charts/learning_rate"] = lr.item()
+                for name, value in points.items():
+                    writer.add_scalar(name, value, iteration)
                 shown = [n for n in ("discriminator", "generator") if n in values]
                 bar.set_postfix({name: f"{values[name]:.3g}" for name in shown}, refresh=False)
 
             # Samples
-            if main_process and sample:
+            if unwritten and sample:
                 grid = make_grid(sample_images(networks[sampled], fixed_noise), nrow=8).cpu()
                 datasets.to_picture(grid).save(folder / f"samples/{iteration:08d}.png")
                 writer.add_image("images/samples", grid, iteration)
 
             # Checkpoint
-            resumed = checkpoint is not None and iteration == start  # it is saved, and finished runs stay as they are
-            if main_process and save and not resumed:
+            if unwritten and save:
                 writer.flush()
                 so_far = {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
-                          "losses": losses}
+                          "points": points}
                 training.save_checkpoint(folder, header | so_far, networks, optimizers, sampled)
 
             # Scores
@@ -905,9 +906,8 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
                                 "seconds": round(seconds + time.perf_counter() - begin, 2)})
                 if main_process:
                     common.write_lines(folder / "metrics.jsonl", records)
+                    training.show_scores(writer, records[-1])
                 bar.unpause()  # the rate is of training alone
-            if evaluate and main_process:
-                training.show_scores(writer, records[-1])
 
             # Train
             if last:

@@ -49,7 +49,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     notebook = "IPython" in sys.modules
     received.clear()
-    threading.excepthook = lambda failed: isinstance(failed.exc_value, OSError) or threading.__excepthook__(failed)
+    threading.excepthook = report_of_thread
     on_signals(lambda number: sys.exit(128 + number))
     status = 2
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
@@ -69,11 +69,18 @@ def run(main: Callable[[], int]) -> NoReturn:
             elif reports():
                 raise
         finally:
+            threading.excepthook = threading.__excepthook__
             for number, handler in before.items():  # a notebook goes on; a program that hangs at its exit can be ended
                 signal.signal(number, handler if notebook or handler == signal.SIG_IGN else signal.SIG_DFL)
         if reports():
             print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(status)
+
+
+def report_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """A full disk is no news from TensorBoard's thread: its writer raises the error once more."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def reports() -> bool:
@@ -265,7 +272,7 @@ def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], object]
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except OSError as error:
         raise WriteError(f"cannot write {path}: {reason(error)}; {advice}a file that was there before is unchanged"
                         ) from None
     finally:
@@ -359,9 +366,9 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
             if not problem:
                 try:
                     yield place
-                except OSError as error:  # of TensorBoard, of a picture; it names no file
-                    raise WriteError(f"cannot write in {place}: {reason(error)}; go on with --resume {quote(place)}"
-                                     ) from None
+                except OSError as error:  # a full disk, of which TensorBoard and pictures do not say more
+                    advice = f"; go on with --resume {quote(place)}" if (place / "checkpoint.pt").exists() else ""
+                    raise UserError(f"{reason(error)}, in the run of {place}{advice}") from None
                 finally:
                     with contextlib.suppress(OSError):
                         if new and os.listdir(place) == [".lock"]:
@@ -403,7 +410,7 @@ def read_checkpoint(path: str | os.PathLike, script: str) -> tuple[pathlib.Path,
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a cut or foreign file makes PyTorch raise
         raise UserError(f"cannot read {file}: it is cut off or no checkpoint ({reason(error)})") from None
-    entries = {"script": str, "args": dict, "iteration": int, "seconds": float, "losses": dict, "networks": dict}
+    entries = {"script": str, "args": dict, "iteration": int, "seconds": float, "networks": dict}
     if not (isinstance(checkpoint, dict)
             and all(isinstance(checkpoint.get(name), kind) for name, kind in entries.items())):
         raise UserError(f"{file} is not a checkpoint of {script}.py")

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import io
 import math
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from typing import Callable, Iterable, Iterator, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -360,18 +362,26 @@ def check_finite(tensors: dict[str, Tensor], when: str, folder: pathlib.Path) ->
         raise Diverged(when, folder)
 
 
+def save(contents: dict, path: pathlib.Path) -> None:
+    """torch.save by way of memory, since it does not say that a disk is full."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
 def save_checkpoint(folder: pathlib.Path, header: dict, networks: nn.ModuleDict,
                     optimizers: dict[str, torch.optim.Optimizer], sampled: str) -> None:
     """Write checkpoint.pt, all that training goes on from, and generator.pt, the network `sampled` alone.
 
-    header: what both hold beside weights: script, args, iteration, seconds, losses, data (fingerprint).
+    header: what both hold beside weights: script, args, iteration, seconds, points (TensorBoard's
+    of that iteration, by name), data (the images' fingerprint).
     """
     moments = {name: optimizer.state_dict()["state"] for name, optimizer in optimizers.items()}
     # checkpoint.pt last: a run that goes on from it has the generator.pt that belongs to it, or a newer one
     contents = {"generator.pt": {**header, "networks": nn.ModuleDict({sampled: networks[sampled]}).state_dict()},
                 "checkpoint.pt": {**header, "networks": networks.state_dict(), "optimizers": moments}}
     for name, checkpoint in contents.items():
-        write_atomically(folder / name, functools.partial(torch.save, checkpoint),
+        write_atomically(folder / name, functools.partial(save, checkpoint),
                          f"make room and go on with --resume {quote(folder)}; ")
 
 
@@ -462,29 +472,41 @@ def check_gradient(discriminator: nn.Module, x: Tensor) -> None:
 
 
 def begin_log(folder: pathlib.Path, args, images: Tensor, networks: dict[str, nn.Module], device: torch.device,
-              start: int):
-    """TensorBoard's writer of a run that begins, or goes on, at iteration `start`. A line is printed: where, what, how
+              checkpoint: Optional[dict]):
+    """TensorBoard's writer of a run that begins, or goes on from a checkpoint. A line is printed: where, what, how
     large, and how to watch. networks: those that are trained."""
+    start = checkpoint["iteration"] if checkpoint else 0
     sizes = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()):,}" for name, network in networks.items())
     on = f", from iteration {start:,} on" if start else ""
     print(f"{folder}: {args.dataset}, {len(images):,} images of {images.shape[2]}x{images.shape[3]}, on "
           f"{describe(device)}{on}; parameters: {sizes}; to watch: tensorboard --logdir {quote(folder)}")
     (folder / "samples").mkdir(exist_ok=True)
-    return summary_writer(folder, args, start, arguments=start < args.iterations)
+    writer = summary_writer(folder, args, start, arguments=start < args.iterations)
+    if checkpoint:  # show its iteration again
+        for name, value in checkpoint.get("points", {}).items():
+            writer.add_scalar(name, value, start)
+        sample = folder / f"samples/{start:08d}.png"
+        if sample.exists():
+            writer.add_image("images/samples", np.asarray(Image.open(sample)), start, dataformats="HWC")
+        for record in read_lines(folder / "metrics.jsonl"):
+            if record["iteration"] == start:
+                show_scores(writer, record)
+    return writer
 
 
 def summary_writer(folder: pathlib.Path, args, step: int, arguments: bool):
-    """TensorBoard's writer of a run that begins, or goes on, at `step`; what was shown from there on is dropped, and
-    must be shown again. arguments: write them as text, anew when a run goes on, since flags may have changed."""
+    """TensorBoard's writer of a run that begins, or goes on, at `step`. What a killed run has shown from there on is
+    dropped. arguments: write them as text, anew when a run goes on, since flags may have changed."""
     from torch.utils.tensorboard import SummaryWriter  # a second to import
-    # TensorBoard reads files by name, which has the time: earlier files must sort first, also after a clock went back
-    files = sorted(file.name for file in folder.glob("events.out.tfevents.*"))
-    if files and files[-1] >= f"events.out.tfevents.{int(time.time()):010d}":
-        for number, name in enumerate(files):
-            os.replace(folder / name, folder / f"events.out.tfevents.-{number:09d}")  # - sorts before digits
+    earlier = sorted(folder.glob("events.out.tfevents.*"))
     writer = SummaryWriter(str(folder), purge_step=step)
     if arguments:
         writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in vars(args).items()), step)
+    writer.flush()  # the file is there
+    if earlier and earlier[-1] == max(folder.glob("events.out.tfevents.*")):
+        # TensorBoard reads files in the order of their names, which begin with the time; but the clock has gone back
+        for number, file in enumerate(earlier):
+            os.replace(file, folder / f"events.out.tfevents.-{number:09d}")  # sorts before all times
     return writer
 
 

@@ -18,7 +18,7 @@ bit: weights, moments, averages, losses, metrics.jsonl, pictures, TensorBoard's 
 
 Half of the moments are anywhere in a run's time, half at most milliseconds after the run has changed a file.
 Lost: the checkpoint cannot be read, or is older than one before. Altered: something differs at the end. Stuck: a
-process does not end, or not as it should, or does not go on. Of a try with a fault, the run folder is kept.
+process does not end, or not as it should, or does not go on. Of a try with a fault, all files are kept.
 Moments are drawn from --seed; where they hit depends on the machine's speed, too.
 """
 import argparse
@@ -57,12 +57,14 @@ PATIENCE = 120.0  # seconds in which a process must end that nobody ends
 IMAGES = ["--device", "cpu", "--dataset", "folder", *TINY, "--iterations", 24, "--ema", 0.9, "--log-every", 2,
           "--sample-every", 6, "--checkpoint-every", 3]
 # what else a try may have: drawn for each
-VARIANTS = {"images": {"": [], "scores": ["--eval-every", 12, "--num-real", 12, "--num-fake", 10]},
+SCORES = ["--eval-every", 12, "--num-real", 12, "--num-fake", 10]
+VARIANTS = {"images": {"plain": [], "scores": SCORES},
             "synthetic": {"2D": ["--dim", 2, "--method", "gngan", "--ema", 0.9],
                           "1D": ["--dim", 1, "--method", "all"]}}
 SYNTHETIC = ["--device", "cpu", "--num-seeds", 3, "--processes", 2, "--epochs", 4, "--hidden-dim", 16,
              "--batch-size", 3000, "--checkpoint-every", 1]
 FOUR = ["r", "r2", "r3", "r4"]
+ELSEWHERE = ("run_name", "data_dir", "inception_weights")  # may differ
 
 
 class Fault(Exception):
@@ -75,6 +77,8 @@ class Run:
     def __init__(self, script, model, variant, place, shared, processes=1, clock=None):
         self.script, self.place, self.processes, self.clock = script, place, processes, clock
         self.newest, self.hits, self.moments, self.remains = -1, 0, collections.Counter(), set()
+        self.scored = variant == "scores"
+        self.begun = []
         self.given = SYNTHETIC + VARIANTS["synthetic"][variant] if model in SCRIPTS["synthetic"] else [
             *IMAGES, *VARIANTS["images"][variant], "--data-dir", place / "photos.zip",
             "--inception-weights", shared / "inception.pth"]
@@ -85,8 +89,8 @@ class Run:
 
     def start(self, name="r"):
         """The command, which begins the run or goes on with it, as a list of processes."""
-        words = [f"{self.script}.py", *self.given, "--run-dir", self.place / "runs", "--run-name", name, "--resume",
-                 "auto"]
+        words = [str(ROOT / f"{self.script}.py"), *self.given, "--run-dir", self.place / "runs", "--run-name", name,
+                 "--resume", "auto"]
         if self.clock is not None:
             words = ["tests/helpers/clock.py", self.clock.random(), *words]
         environment = {"XDG_CACHE_HOME": str(self.place / "cache")}
@@ -94,6 +98,7 @@ class Run:
                      else [Process(*words, environment=environment)])
         for process in processes:  # from here on it behaves as a program that a shell has started
             wait_for(pathlib.Path(process.folder.name, "err").exists, process)
+        self.begun += processes
         return processes
 
     def files(self):
@@ -108,18 +113,18 @@ class Run:
                 seen.append((name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
         return sorted(seen)
 
-    def note_moment(self, process):
+    def note_moment(self, process, name="r"):
         """What a process did when it was killed, by what it has left."""
         remains, words = {file.name for file in self.place.rglob("*.tmp")}, process.read("err").split("\r")[-1]
         new, self.remains = remains - self.remains, remains
-        scored = [record["iteration"] for record in common.read_lines(self.folder() / "metrics.jsonl")]
+        scored = [record["iteration"] for record in common.read_lines(self.folder(name) / "metrics.jsonl")]
         if any(".npy." in name for name in new):
             moment = "decoding"
         elif new:
             moment = "saving"
         elif "to watch" not in process.read("out"):
             moment = "starting"
-        elif "--eval-every" in self.given and self.newest in (12, 24) and self.newest not in scored:
+        elif self.scored and self.newest in (12, 24) and self.newest not in scored:
             moment = "scoring"
         elif re.search(r"(\d+)/\1 \[", words):
             moment = "ending"  # drawing, in gngan_synthetic.py
@@ -132,29 +137,30 @@ class Run:
         if rng.random() < 0.5:
             process.process.join(rng.uniform(0, 0.7 * seconds))
             return
+        end = time.monotonic() + PATIENCE
         for _ in range(rng.randrange(1, 15)):
             before = self.files()
             while self.files() == before and process.poll() is None:
+                if time.monotonic() > end:
+                    raise Fault(f"stuck: it writes no file: {process.read('err')[-500:]}")
                 time.sleep(0.001)
         time.sleep(rng.choice([0, rng.uniform(0, 0.003), rng.uniform(0, 0.05)]))
 
-    def hit(self, process, number):
-        """Send a signal. Whether it came in time."""
-        alive = process.poll() is None
-        process.send_signal(number)
-        self.hits += alive
-        return alive
+    def end(self, process, *sent, statuses=(0,)):
+        """Wait for the end of a process to which these signals were sent. Whether one of them ended it.
 
-    def end(self, process, *statuses):
-        """Wait for the end of a process, with one of these exit statuses, by default 0, and without a traceback."""
+        It must end with an exit status that says so, or with one of `statuses`, and without a traceback.
+        """
         try:
             _, err = process.communicate(PATIENCE)
         except TimeoutError as error:
             raise Fault(f"stuck: it does not end: {str(error)[-500:]}") from None
-        # a signal that comes before Python has heard of ours ends it at once, as it ends any program
-        early = process.returncode < 0 and -process.returncode + 128 in statuses
-        if not early and (process.returncode not in (statuses or (0,)) or "Traceback" in err):
+        # -number: of SIGKILL; of others before Python has heard of ours, or at its exit
+        ended = process.returncode in [status for number in sent for status in (-number, 128 + number)]
+        if not (ended or process.returncode in statuses) or "Traceback" in err and process.returncode >= 0:
             raise Fault(f"stuck: exit status {process.returncode}: {err[-900:]}")
+        self.hits += ended
+        return ended
 
     def check_saved(self):
         """The checkpoint is whole, and as new as the newest before."""
@@ -179,7 +185,7 @@ def leavings(folder):
     for name in ("checkpoint.pt", "generator.pt"):
         saved = torch.load(folder / name, weights_only=True) if (folder / name).exists() else {}
         left |= {name + key: value for key, value in flat(saved).items()
-                 if not key.endswith((*UNLIKE, "data_dir", "inception_weights"))}
+                 if not key.endswith((*UNLIKE, *ELSEWHERE))}
     rates = ("seconds", "images_per_second", "iterations_per_second")
     for number, record in enumerate(common.read_lines(folder / "metrics.jsonl")):
         left |= {f"metrics.jsonl line {number} {k}": value for k, value in record.items() if k not in rates}
@@ -195,6 +201,8 @@ def leavings(folder):
                 left[f"{log} {tag}"] = [(point.step, point.value) for point in points.Scalars(tag)]
         for tag in points.Tags()["images"]:
             left[f"{log} {tag}"] = [(point.step, point.encoded_image_string) for point in points.Images(tag)]
+    setting = json.loads((folder / "args.json").read_text())
+    left |= {f"args.json {k}": v for k, v in flat(setting).items() if not k.endswith(("run_dir", *ELSEWHERE))}
     left["files"] = sorted(file.name for file in folder.iterdir() if not file.name.endswith(".tmp")
                            and "events." not in file.name)
     return left
@@ -215,16 +223,16 @@ def interrupted(run, rng, seconds, *numbers):
         process, = run.start()
         run.wait_for_moment(rng, seconds, process)
         sent = [rng.choice(numbers)]
-        alive = run.hit(process, sent[0])
+        process.send_signal(sent[0])
         if len(numbers) > 1 and rng.random() < 0.3:  # a user who presses Ctrl-C again
             time.sleep(rng.uniform(0, 0.3))
             sent.append(rng.choice(numbers))
             process.send_signal(sent[1])
-        run.end(process, 0, *(128 + number for number in sent))
+        ended = run.end(process, *sent)
         run.check_saved()
-        if not alive or process.returncode == 0:
+        if not ended:
             return
-        if process.returncode == -signal.SIGKILL:
+        if sent[0] == signal.SIGKILL:
             run.note_moment(process)
 
 
@@ -246,46 +254,50 @@ def disk(run, rng, seconds):
     for _ in range(rng.randrange(1, 5)):
         process, = run.start()
         run.wait_for_moment(rng, seconds, process)
-        if process.poll() is not None:
-            return
-        left = rng.choice([0, rng.randrange(5000), rng.randrange(500_000)])
         with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1 << 20))
         with contextlib.suppress(OSError):
-            os.truncate(ballast, max(0, ballast.stat().st_size - left))
-        try:
-            run.end(process, 0, 2)
-        finally:
-            ballast.unlink()
-        run.hits += process.returncode == 2
+            os.truncate(ballast, max(0, ballast.stat().st_size - rng.choice([0, rng.randrange(5000), 500_000])))
+        run.end(process, statuses=(0, 2))
+        ballast.unlink()
         run.check_saved()
+        if process.returncode == 0:
+            return
+        if "No space left" not in process.read("err"):
+            raise Fault(f"stuck: not for want of space: {process.read('err')[-900:]}")
+        run.hits += 1
 
 
 def pair(run, rng, seconds):
     first, = run.start()
     run.wait_for_moment(rng, seconds, first)
     second, = run.start()
-    time.sleep(rng.uniform(0, 1))
+    time.sleep(rng.uniform(0.3, 1.5))
+    run.hits += first.poll() is None and second.poll() is None
     victim, other = rng.sample([first, second], 2)
-    if rng.random() < 0.7:
-        run.hit(victim, signal.SIGKILL)
-    else:
-        run.hits += first.poll() is None
-    run.end(victim, 0, 128 + signal.SIGKILL)
-    run.end(other)
+    for process, sent in ((victim, [signal.SIGKILL] if rng.random() < 0.7 else []), (other, [])):
+        for number in sent:
+            process.send_signal(number)
+        hits = run.hits
+        run.end(process, *sent, statuses=(0, 2))
+        run.hits = hits
+        if process.returncode == 2 and "another process is training in" not in process.read("err"):
+            raise Fault(f"stuck: {process.read('err')[-900:]}")
     run.check_saved()
 
 
 def data(run, rng, seconds):
     processes = {name: run.start(name)[0] for name in FOUR}
-    victim = processes[rng.choice(FOUR)]
-    run.wait_for_moment(rng, 1.0, victim)
-    run.hit(victim, signal.SIGKILL)
-    for process in processes.values():
-        run.end(process, 0, *([128 + signal.SIGKILL] if process is victim else []))
-    for name in FOUR[1:]:
-        run.end(*run.start(name))
+    name = rng.choice(FOUR)
+    run.wait_for_moment(rng, 1.0, processes[name])
+    processes[name].send_signal(signal.SIGKILL)
+    for other in FOUR:
+        if other != name:
+            run.end(processes[other])
+    if run.end(processes[name], signal.SIGKILL):
+        run.note_moment(processes[name], name)
+    run.end(*run.start(name))
 
 
 def worker(run, rng, seconds):
@@ -294,24 +306,42 @@ def worker(run, rng, seconds):
         victim = rng.choice(processes)
         run.wait_for_moment(rng, seconds, victim)
         if run.processes > 1:
-            if run.hit(victim, signal.SIGKILL):
-                time.sleep(rng.uniform(0, 1))
+            victim.send_signal(signal.SIGKILL)
+            victim.process.join()
+            time.sleep(rng.uniform(0, 1))
+            if victim.returncode:
                 for process in processes:  # torchrun then ends the others
                     process.send_signal(signal.SIGTERM)
         else:
-            started = pathlib.Path(f"/proc/{victim.process.pid}/task/{victim.process.pid}/children")
+            children = pathlib.Path(f"/proc/{victim.process.pid}/task/{victim.process.pid}/children")
             with contextlib.suppress(FileNotFoundError, IndexError, ProcessLookupError):  # none yet, or no longer
-                os.kill(int(rng.choice(started.read_text().split())), signal.SIGKILL)
-                run.hits += 1
+                os.kill(int(rng.choice(children.read_text().split())), signal.SIGKILL)
+        hits = run.hits
         for process in processes:
-            run.end(process, 0, 2, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
+            run.end(process, signal.SIGTERM, signal.SIGKILL, statuses=(0, 2))
+        run.hits = hits + (victim.returncode != 0)
         run.check_saved()
+        if victim.returncode == 0:
+            return
 
 
 KINDS = {"kill": kill, "signal": signals, "disk": disk, "pair": pair, "data": data, "clock": clock, "worker": worker}
 
 
 # ---------------------------------------------------------------------------------------------------------- tries
+def prepare(folder):
+    """What all tries share."""
+    make_data.image_zip(folder / "photos.zip", 400)
+    make_data.inception_weights(folder / "inception.pth")
+
+
+def settings(kind, model):
+    """The variants of a model's tries, and the processes that torchrun starts; gngan_synthetic.py starts its own."""
+    if model in SCRIPTS["synthetic"]:
+        return list(VARIANTS["synthetic"]), 1
+    return list(VARIANTS["images"]), 2 if kind == "worker" else 1
+
+
 def left_alone(script, model, variant, processes, shared):
     """What a run leaves that nobody ends, and the seconds it took: done once, and kept in a file."""
     file = shared / f"{pathlib.Path(script).name} {variant} {processes}.pickle"
@@ -321,30 +351,21 @@ def left_alone(script, model, variant, processes, shared):
         run, begin = Run(script, model, variant, place, shared, processes), time.monotonic()
         for process in run.start():
             run.end(process)
-        file.write_bytes(pickle.dumps((leavings(run.folder()), time.monotonic() - begin)))
+        seconds = time.monotonic() - begin
+        file.write_bytes(pickle.dumps((leavings(run.folder()), seconds)))
     return pickle.loads(file.read_bytes())
-
-
-def variants(model):
-    return list(VARIANTS["synthetic" if model in SCRIPTS["synthetic"] else "images"])
-
-
-def processes_of(kind, model):
-    """That torchrun starts; gngan_synthetic.py starts its own."""
-    return 2 if kind == "worker" and model not in SCRIPTS["synthetic"] else 1
 
 
 def one_try(kind, script, model, number, seed, shared):
     """Hits, what the killed processes did, and the fault in words or None."""
     rng = random.Random(f"{seed} {kind} {script} {number}")
-    settings, processes = variants(model), processes_of(kind, model)
-    variant = settings[rng.random() < 0.15]
+    variants, processes = settings(kind, model)
+    variant = variants[rng.random() < 0.15]
     place = shared / f"{pathlib.Path(script).name} {kind} {number}"
     place.mkdir()
     if kind == "disk":
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "soak", place], check=True)
-    run = Run(script, model, variant, place, shared, processes)
-    fault = None
+    run, fault = Run(script, model, variant, place, shared, processes), None
     try:
         straight, seconds = left_alone(script, model, variant, processes, shared)
         KINDS[kind](run, rng, seconds)
@@ -354,19 +375,24 @@ def one_try(kind, script, model, number, seed, shared):
             compare(leavings(run.folder(name)), straight)
     except Exception as error:
         fault = str(error) if isinstance(error, Fault) else f"stuck: {type(error).__name__} {error}"
+    for process in run.begun:
+        process.process.kill()
+        process.process.join()
+    if fault:
         shutil.copytree(place, shared / "faults" / place.name)
     if kind == "disk":
-        subprocess.run(["umount", "--lazy", place], check=True)
+        subprocess.run(["umount", place], check=True)
     shutil.rmtree(place)
     return run.hits, run.moments, fault
 
 
-def tries(jobs, kind, script, model, numbers, seed, shared, pool):
-    """The results of tries with these numbers, `jobs` at once: (number, hits, moments, fault)."""
+def tries(jobs, pool, numbers, *given):
+    """The results of tries with these numbers, `jobs` at once, each with its number before it."""
     begun = {}
     while True:
         for number in itertools.islice(numbers, jobs - len(begun)):
-            begun[pool.submit(one_try, kind, script, model, number, seed, shared)] = number
+            kind, script, model, *rest = given
+            begun[pool.submit(one_try, kind, script, model, number, *rest)] = number
         if not begun:
             return
         for done in concurrent.futures.wait(begun, return_when="FIRST_COMPLETED").done:
@@ -383,45 +409,48 @@ def main(argv=None):
     parser.add_argument("--only", type=int, help="the try of this number alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="tries at once")
     args = parser.parse_args(argv)
+    if "disk" in args.kinds and "SOAK_MAY_MOUNT" not in os.environ:  # in a namespace of its own, which ends with it
+        os.environ["SOAK_MAY_MOUNT"] = ""
+        as_root = ["--map-root-user"] if os.geteuid() else []
+        os.execvp("unshare", ["unshare", "--mount", *as_root, sys.executable, *sys.argv])
     os.environ["OMP_NUM_THREADS"] = "1"  # the same in every process
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of semaphores that killed processes left
-    if "disk" in args.kinds and os.geteuid() != 0:  # a user may mount in a namespace of his own
-        os.execvp("unshare", ["unshare", "--map-root-user", "--mount", sys.executable, *sys.argv])
     names = args.scripts or [name for group in SCRIPTS.values() for name in group]
     pairs = [(n.partition("=")[0].removesuffix(".py"), (n.partition("=")[2] or n).removesuffix(".py")) for n in names]
+    shared = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
+    prepare(shared)
     faults = 0
     spawn = multiprocessing.get_context("spawn")
-    with (tempfile.TemporaryDirectory() as temporary,
-          concurrent.futures.ProcessPoolExecutor(args.jobs, spawn, logging.disable) as pool):
-        shared = pathlib.Path(temporary)
-        make_data.image_zip(shared / "photos.zip", 400)
-        make_data.inception_weights(shared / "inception.pth")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, spawn, logging.disable) as pool:  # TensorBoard logs drops
         for kind in args.kinds:
             total, begin = dict(tries=0, hits=0, lost=0, altered=0, stuck=0), time.monotonic()
             moments = collections.Counter()
             several = [pair for pair in pairs if kind != "data" or pair[1] not in SCRIPTS["synthetic"]]
             for script, model in several:
-                wanted = total["hits"] + math.ceil((args.kills if kind == "kill" else args.others) / len(several))
-                for variant in variants(model):
-                    pool.submit(left_alone, script, model, variant, processes_of(kind, model), shared).result()
-                numbers = itertools.count() if args.only is None else iter([args.only])
-                numbers = itertools.takewhile(lambda _, wanted=wanted, total=total: total["hits"] < wanted, numbers)
-                for number, *result in tries(args.jobs, kind, script, model, numbers, args.seed, shared, pool):
-                    hits, done, fault = result
+                variants, processes = settings(kind, model)
+                for variant in variants:
+                    pool.submit(left_alone, script, model, variant, processes, shared).result()
+                wanted = math.ceil((args.kills if kind == "kill" else args.others) / len(several))
+                enough = total["hits"] + wanted
+                numbers = iter(range(20 * wanted) if args.only is None else [args.only])
+                numbers = itertools.takewhile(lambda _, enough=enough, total=total: total["hits"] < enough, numbers)
+                given = (kind, script, model, args.seed, shared)
+                for number, hits, done, fault in tries(args.jobs, pool, numbers, *given):
                     total["tries"] += 1
                     total["hits"] += hits
                     moments += done
                     if fault:
                         faults += 1
                         total[fault.split(":")[0]] += 1
-                        print(f"{script} {kind} {number}: {fault}\n  again: python tests/benchmarks/soak.py "
-                              f"{script}={model} --kinds {kind} --only {number} --seed {args.seed}", flush=True)
+                        print(f"{script} {kind} {number}: {fault}\n  kept in {shared / 'faults'}\n  again: "
+                              f"python tests/benchmarks/soak.py {script}={model} --kinds {kind} --only {number} "
+                              f"--seed {args.seed}", flush=True)
             print(f"{kind:7}", ", ".join(f"{value} {name}" for name, value in total.items()),
                   f"({time.monotonic() - begin:.0f} s)", flush=True)
             if moments:
                 print("    while", ", ".join(f"{name} {number}" for name, number in moments.most_common()), flush=True)
-        if faults:
-            shutil.copytree(shared / "faults", ROOT / "runs/soak", dirs_exist_ok=True)
+    if not faults:
+        shutil.rmtree(shared)
     return int(faults > 0)
 
 

@@ -6,8 +6,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 TINY = ["--width", "0.03125", "--batch-size", "8", "--latent-dim", "8", "--eval-every", "0"]
 # of two runs that must agree, what may differ
-UNLIKE = ("seconds", "args/run_dir", "args/run_name", "args/iterations", "args/log_every", "args/sample_every",
-          "args/checkpoint_every", "args/eval_every", "args/num_real", "args/num_fake")
+UNLIKE = ("seconds", "images_per_second", "args/run_dir", "args/run_name", "args/iterations", "args/log_every",
+          "args/sample_every", "args/checkpoint_every", "args/eval_every", "args/num_real", "args/num_fake")
 
 
 def photos(folder, count=40, seed=0):
