@@ -359,6 +359,21 @@ def test_a_full_disk_keeps_the_old_checkpoint(script, data, tmp_path):
     assert (tmp_path / "r/checkpoint.pt").read_bytes() == before and not list(tmp_path.glob("r/*.tmp"))
 
 
+@scripts.alike()
+def test_a_full_disk_that_tensorboard_meets(script, data, tmp_path):
+    """One line, though its thread fails first."""
+    run(script, *arguments(data, tmp_path, "r", "--iterations", 2, *constant(script)))
+    picture, = (tmp_path / "r/samples").iterdir()  # shown again when the run goes on
+    _, err = run(script, "--resume", tmp_path / "r", "--iterations", 4, status=2,
+                 file_limit=picture.stat().st_size // 2)
+    folder = tmp_path / "r"
+    assert err.splitlines()[-1] == (f"{script.SCRIPT}.py: error: [Errno 27] File too large, in the run of {folder}; "
+                                    f"go on with --resume {folder}")
+    assert "Traceback" not in err
+    run(script, "--resume", folder, "--iterations", 4)
+    assert [e.step for e in events(folder).Images("images/samples")] == [2, 4]
+
+
 @each()
 def test_a_diverged_run_stops(script, data, tmp_path):
     """With the iteration and the last good checkpoint, here the one that every run begins with."""

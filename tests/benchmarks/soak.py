@@ -159,7 +159,6 @@ class Run:
         ended = process.returncode in [status for number in sent for status in (-number, 128 + number)]
         if not (ended or process.returncode in statuses) or "Traceback" in err and process.returncode >= 0:
             raise Fault(f"stuck: exit status {process.returncode}: {err[-900:]}")
-        self.hits += ended
         return ended
 
     def check_saved(self):
@@ -232,6 +231,7 @@ def interrupted(run, rng, seconds, *numbers):
         run.check_saved()
         if not ended:
             return
+        run.hits += 1
         if sent[0] == signal.SIGKILL:
             run.note_moment(process)
 
@@ -275,13 +275,10 @@ def pair(run, rng, seconds):
     second, = run.start()
     time.sleep(rng.uniform(0.3, 1.5))
     run.hits += first.poll() is None and second.poll() is None
-    victim, other = rng.sample([first, second], 2)
-    for process, sent in ((victim, [signal.SIGKILL] if rng.random() < 0.7 else []), (other, [])):
-        for number in sent:
-            process.send_signal(number)
-        hits = run.hits
-        run.end(process, *sent, statuses=(0, 2))
-        run.hits = hits
+    if rng.random() < 0.7:
+        rng.choice([first, second]).send_signal(signal.SIGKILL)
+    for process in (first, second):
+        run.end(process, signal.SIGKILL, statuses=(0, 2))
         if process.returncode == 2 and "another process is training in" not in process.read("err"):
             raise Fault(f"stuck: {process.read('err')[-900:]}")
     run.check_saved()
@@ -296,6 +293,7 @@ def data(run, rng, seconds):
         if other != name:
             run.end(processes[other])
     if run.end(processes[name], signal.SIGKILL):
+        run.hits += 1
         run.note_moment(processes[name], name)
     run.end(*run.start(name))
 
@@ -316,13 +314,12 @@ def worker(run, rng, seconds):
             children = pathlib.Path(f"/proc/{victim.process.pid}/task/{victim.process.pid}/children")
             with contextlib.suppress(FileNotFoundError, IndexError, ProcessLookupError):  # none yet, or no longer
                 os.kill(int(rng.choice(children.read_text().split())), signal.SIGKILL)
-        hits = run.hits
         for process in processes:
             run.end(process, signal.SIGTERM, signal.SIGKILL, statuses=(0, 2))
-        run.hits = hits + (victim.returncode != 0)
         run.check_saved()
         if victim.returncode == 0:
             return
+        run.hits += 1
 
 
 KINDS = {"kill": kill, "signal": signals, "disk": disk, "pair": pair, "data": data, "clock": clock, "worker": worker}
