@@ -561,11 +561,12 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str | p
         raise UserError(f"--out {out}: a grid's name ends in .png")
 
     def write(temporary: pathlib.Path) -> None:
-        with open(temporary, "wb") as file:
-            if path.suffix == ".npy":
-                np.save(file, torch.cat(images).permute(0, 2, 3, 1).numpy())
-            else:
-                to_picture(make_grid(torch.cat(images), nrow=max(1, round(count**0.5)))).save(file, "PNG")
+        buffer = io.BytesIO()  # in a file NumPy would not say that a disk is full
+        if path.suffix == ".npy":
+            np.save(buffer, torch.cat(images).permute(0, 2, 3, 1).numpy())
+        else:
+            to_picture(make_grid(torch.cat(images), nrow=max(1, round(count**0.5)))).save(buffer, "PNG")
+        temporary.write_bytes(buffer.getbuffer())
 
     try:
         (path.parent if one_file else path).mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,8 @@ class Evaluator:
             for start in tqdm(range(0, num_real, 100), "features of real images", dynamic_ncols=True):
                 batch = images[start : start + 100].to(self.device)
                 features[start : start + len(batch)] = self.features(batch)[0].cpu()
-            write_atomically(cached, features.numpy().tofile, "make room, or set XDG_CACHE_HOME; ")
+            contents = features.numpy().tobytes()  # NumPy itself would not say that a disk is full
+            write_atomically(cached, lambda path: path.write_bytes(contents), "make room, or set XDG_CACHE_HOME; ")
         self.real_features = features.to(self.device)
         self.mean, self.covariance = moments(self.real_features)
         self.root = matrix_root(self.covariance)  # half of the work of every FID, done once

@@ -5,6 +5,8 @@ import scripts
 import soak
 from launcher import ROOT
 
+soak.PATIENCE = 240.0  # other tests may run beside
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):

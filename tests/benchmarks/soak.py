@@ -2,24 +2,26 @@
 
     python tests/benchmarks/soak.py                              # all scripts: 1,000 kills, 50 of each further kind
     python tests/benchmarks/soak.py gngan_cnn my_gan=gngan_cnn   # some scripts; a fork as FORK=MODEL
-    python tests/benchmarks/soak.py gngan_cnn --kinds kill --only 17     # one try again
+    python tests/benchmarks/soak.py gngan_cnn --kinds kill --seed 1 --only 17    # one try again
 
 A try is a small run of a script: it starts, decodes, trains, saves, scores, draws. It is ended at random moments and
-begun again by the same command, until it is done. It must then have left what a run left that nobody ended, bit for
-bit: weights, moments, averages, losses, metrics.jsonl, pictures, TensorBoard's points (but for rates).
+begun again by the same command, until it is done. It must then have left what a run of the same script left that
+nobody ended, bit for bit: weights, moments, averages, metrics.jsonl, pictures, args.json, TensorBoard's points (but for
+rates).
 
   kill      SIGKILL
   signal    SIGTERM, SIGINT; at times two of them
-  disk      a file system of its own is full from such a moment on, but for some bytes, until the run has ended
+  disk      a file system of its own is full from such a moment on, but for at most 500 kB, until the run has ended;
+            it is mounted by root, or where a user may have namespaces
   pair      a second process goes on in the folder while the first trains; mostly one of them is killed
   data      four processes start on one data folder, never decoded before; one is killed
   clock     the clock jumps by up to a day, back and forth; kills
   worker    one of a run's processes is killed: of torchrun's two, or of those that gngan_synthetic.py starts
 
-Half of the moments are anywhere in a run's time, half at most milliseconds after the run has changed a file.
+Half of the moments are anywhere in a run's time, half within 50 ms of a change of its files.
 Lost: the checkpoint cannot be read, or is older than one before. Altered: something differs at the end. Stuck: a
-process does not end, or not as it should, or does not go on. Of a try with a fault, all files are kept.
-Moments are drawn from --seed; where they hit depends on the machine's speed, too.
+process does not end, or not as it should, or does not go on. Of a try with a fault, files and output are kept.
+Moments are drawn from --seed. Where they hit depends on the machine's speed, too: --only may not repeat a fault.
 """
 import argparse
 import collections
@@ -40,6 +42,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -50,6 +53,7 @@ from compare import flat
 from conftest import SCRIPTS
 from launcher import Process, start_together, wait_for
 from make_runs import TINY, UNLIKE, events
+from tqdm import tqdm
 
 import common
 
@@ -115,7 +119,7 @@ class Run:
 
     def note_moment(self, process, name="r"):
         """What a process did when it was killed, by what it has left."""
-        remains, words = {file.name for file in self.place.rglob("*.tmp")}, process.read("err").split("\r")[-1]
+        remains, words = {file.name for file in self.place.rglob("*.tmp")}, process.read("err").rstrip()
         new, self.remains = remains - self.remains, remains
         scored = [record["iteration"] for record in common.read_lines(self.folder(name) / "metrics.jsonl")]
         if any(".npy." in name for name in new):
@@ -126,7 +130,7 @@ class Run:
             moment = "starting"
         elif self.scored and self.newest in (12, 24) and self.newest not in scored:
             moment = "scoring"
-        elif re.search(r"(\d+)/\1 \[", words):
+        elif re.search(r"(\d+)/\1 \[", words.splitlines()[-1] if words else ""):
             moment = "ending"  # drawing, in gngan_synthetic.py
         else:
             moment = "training"
@@ -208,10 +212,14 @@ def leavings(folder):
 
 
 def compare(left, straight):
-    for name in sorted(left.keys() | straight.keys()):
-        a, b = left.get(name), straight.get(name)
-        if not (torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b):
-            raise Fault(f"altered: {name}: {str(a)[:300]} instead of {str(b)[:300]}")
+    def same(a, b):
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+
+    unlike = [name for name in sorted(left.keys() | straight.keys()) if not same(left.get(name), straight.get(name))]
+    if unlike:
+        a, b = (textwrap.shorten(str(of.get(unlike[0], "nothing")), 200) for of in (left, straight))
+        raise Fault(f"altered: {', '.join(unlike[:5])}{' ...' if unlike[5:] else ''} ({len(unlike)} of {len(straight)} "
+                    f"entries); the first is {a} instead of {b}")
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds
@@ -339,11 +347,15 @@ def settings(kind, model):
     return list(VARIANTS["images"]), 2 if kind == "worker" else 1
 
 
+def name_alone(script, variant, processes):
+    return f"{pathlib.Path(script).name} {variant} {processes}"
+
+
 def left_alone(script, model, variant, processes, shared):
     """What a run leaves that nobody ends, and the seconds it took: done once, and kept in a file."""
-    file = shared / f"{pathlib.Path(script).name} {variant} {processes}.pickle"
-    if not file.exists():
-        place = shared / file.stem
+    place = shared / name_alone(script, variant, processes)
+    file = place / "left.pickle"
+    if not place.exists():
         place.mkdir()
         run, begin = Run(script, model, variant, place, shared, processes), time.monotonic()
         for process in run.start():
@@ -376,7 +388,10 @@ def one_try(kind, script, model, number, seed, shared):
         process.process.kill()
         process.process.join()
     if fault:
-        shutil.copytree(place, shared / "faults" / place.name)
+        kept = shutil.copytree(place, shared / "faults" / place.name)
+        for count, (process, stream) in enumerate(itertools.product(run.begun, ("out", "err"))):
+            (kept / f"process {count // 2} {stream}").write_text(process.read(stream))
+        fault = f"{fault}\n  kept: {kept}; a run left alone: {shared / name_alone(script, variant, processes)}"
     if kind == "disk":
         subprocess.run(["umount", place], check=True)
     shutil.rmtree(place)
@@ -400,20 +415,25 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scripts", nargs="*", metavar="SCRIPT")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--kills", type=int, default=1000, help="of the kind kill, over all scripts")
-    parser.add_argument("--others", type=int, default=50, help="of each further kind, over all scripts")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=1000, help="hits of the kind kill, over all scripts")
+    parser.add_argument("--others", type=int, default=50, help="hits of each further kind, over all scripts")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--only", type=int, help="the try of this number alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="tries at once")
     args = parser.parse_args(argv)
+    models = [name for group in SCRIPTS.values() for name in group]
+    pairs = [(n.partition("=")[0].removesuffix(".py"), (n.partition("=")[2] or n).removesuffix(".py"))
+             for n in args.scripts or models]
+    for script, model in pairs:
+        if not (ROOT / f"{script}.py").is_file() or model not in models:
+            parser.error(f"{script}: write a script's name, or that of a fork as FORK=MODEL, MODEL one of "
+                         f"{', '.join(models)}")
     if "disk" in args.kinds and "SOAK_MAY_MOUNT" not in os.environ:  # in a namespace of its own, which ends with it
         os.environ["SOAK_MAY_MOUNT"] = ""
         as_root = ["--map-root-user"] if os.geteuid() else []
         os.execvp("unshare", ["unshare", "--mount", *as_root, sys.executable, *sys.argv])
     os.environ["OMP_NUM_THREADS"] = "1"  # the same in every process
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of semaphores that killed processes left
-    names = args.scripts or [name for group in SCRIPTS.values() for name in group]
-    pairs = [(n.partition("=")[0].removesuffix(".py"), (n.partition("=")[2] or n).removesuffix(".py")) for n in names]
     shared = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
     prepare(shared)
     faults = 0
@@ -426,22 +446,27 @@ def main(argv=None):
             for script, model in several:
                 variants, processes = settings(kind, model)
                 for variant in variants:
-                    pool.submit(left_alone, script, model, variant, processes, shared).result()
+                    try:
+                        pool.submit(left_alone, script, model, variant, processes, shared).result()
+                    except Exception as error:
+                        sys.exit(f"{script}, which nobody has ended: {error}")
                 wanted = math.ceil((args.kills if kind == "kill" else args.others) / len(several))
                 enough = total["hits"] + wanted
                 numbers = iter(range(20 * wanted) if args.only is None else [args.only])
                 numbers = itertools.takewhile(lambda _, enough=enough, total=total: total["hits"] < enough, numbers)
                 given = (kind, script, model, args.seed, shared)
+                bar = tqdm(total=wanted, desc=f"{script} {kind}", unit="hit", leave=False)
                 for number, hits, done, fault in tries(args.jobs, pool, numbers, *given):
+                    bar.update(hits)
                     total["tries"] += 1
                     total["hits"] += hits
                     moments += done
                     if fault:
                         faults += 1
                         total[fault.split(":")[0]] += 1
-                        print(f"{script} {kind} {number}: {fault}\n  kept in {shared / 'faults'}\n  again: "
-                              f"python tests/benchmarks/soak.py {script}={model} --kinds {kind} --only {number} "
-                              f"--seed {args.seed}", flush=True)
+                        bar.write(f"{script} {kind} {number}: {fault}\n  again: python tests/benchmarks/soak.py "
+                                  f"{script}={model} --kinds {kind} --only {number} --seed {args.seed}")
+                bar.close()
             print(f"{kind:7}", ", ".join(f"{value} {name}" for name, value in total.items()),
                   f"({time.monotonic() - begin:.0f} s)", flush=True)
             if moments:
