@@ -14,7 +14,7 @@ rates).
   disk      a file system of its own is full from such a moment on, but for at most 500 kB, until the run has ended;
             it is mounted by root, or where a user may have namespaces
   pair      a second process goes on in the folder while the first trains; mostly one of them is killed
-  data      four processes start on one data folder, never decoded before; one is killed
+  data      four processes start on one data folder, never decoded before; one is killed, mostly the one that decodes
   clock     the clock jumps by up to a day, back and forth; kills
   worker    one of a run's processes is killed: of torchrun's two, or of those that gngan_synthetic.py starts
 
@@ -91,7 +91,7 @@ class Run:
     def folder(self, name="r"):
         return self.place / "runs" / name
 
-    def start(self, name="r"):
+    def start(self, name="r", wait=True):
         """The command, which begins the run or goes on with it, as a list of processes."""
         words = [str(ROOT / f"{self.script}.py"), *self.given, "--run-dir", self.place / "runs", "--run-name", name,
                  "--resume", "auto"]
@@ -100,7 +100,7 @@ class Run:
         environment = {"XDG_CACHE_HOME": str(self.place / "cache")}
         processes = (start_together(self.processes, *words, environment=environment) if self.processes > 1
                      else [Process(*words, environment=environment)])
-        for process in processes:  # from here on it behaves as a program that a shell has started
+        for process in processes if wait else []:  # from here on it behaves as a program that a shell has started
             wait_for(pathlib.Path(process.folder.name, "err").exists, process)
         self.begun += processes
         return processes
@@ -292,10 +292,24 @@ def pair(run, rng, seconds):
     run.check_saved()
 
 
+def maps(process, name):
+    """Whether a process has a file of such a name in its memory."""
+    with contextlib.suppress(OSError):
+        return name in pathlib.Path(f"/proc/{process.process.pid}/maps").read_text()
+
+
 def data(run, rng, seconds):
-    processes = {name: run.start(name)[0] for name in FOUR}
+    processes = {name: run.start(name, wait=False)[0] for name in FOUR}
     name = rng.choice(FOUR)
-    run.wait_for_moment(rng, 1.0, processes[name])
+    if rng.random() < 0.7:  # the one that decodes
+        decoding = []
+        while not decoding and not (run.folder(name) / "checkpoint.pt").exists():
+            time.sleep(0.01)
+            decoding = [other for other, process in processes.items() if maps(process, ".npy.")]
+        name = decoding[0] if decoding else name
+        time.sleep(rng.uniform(0, 0.2))
+    else:
+        run.wait_for_moment(rng, 1.0, processes[name])
     processes[name].send_signal(signal.SIGKILL)
     for other in FOUR:
         if other != name:
