@@ -875,7 +875,8 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
     title = METHODS[args.method].title
     # each of several methods has a TensorBoard folder of its own, so that their curves share a chart
     events = folder / args.method if header["args"]["method"] == "all" else folder
-    writer = training.summary_writer(events, args, math.ceil(start / length), arguments=start < total)
+    step = math.ceil(start / length)
+    writer = training.summary_writer(events, args, step, arguments=start < total)
     bar = tqdm(total=total, initial=start, desc=title, unit="it", mininterval=0.5, dynamic_ncols=True,
                postfix="compiling" if compiled else None)
 

@@ -61,8 +61,7 @@ PATIENCE = 120.0  # seconds in which a process must end that nobody ends
 IMAGES = ["--device", "cpu", "--dataset", "folder", *TINY, "--iterations", 24, "--ema", 0.9, "--log-every", 2,
           "--sample-every", 6, "--checkpoint-every", 3]
 # what else a try may have: drawn for each
-SCORES = ["--eval-every", 12, "--num-real", 12, "--num-fake", 10]
-VARIANTS = {"images": {"plain": [], "scores": SCORES},
+VARIANTS = {"images": {"plain": [], "scores": ["--eval-every", 12, "--num-real", 12, "--num-fake", 10]},
             "synthetic": {"2D": ["--dim", 2, "--method", "gngan", "--ema", 0.9],
                           "1D": ["--dim", 1, "--method", "all"]}}
 SYNTHETIC = ["--device", "cpu", "--num-seeds", 3, "--processes", 2, "--epochs", 4, "--hidden-dim", 16,
@@ -78,11 +77,11 @@ class Fault(Exception):
 class Run:
     """A small run of a script, and the folder `place` with its data, cache and run folders."""
 
-    def __init__(self, script, model, variant, place, shared, processes=1, clock=None):
-        self.script, self.place, self.processes, self.clock = script, place, processes, clock
+    def __init__(self, script, model, variant, place, shared, processes):
+        self.script, self.place, self.processes = script, place, processes
+        self.clock = None  # or what draws the seeds of its jumps
         self.newest, self.hits, self.moments, self.remains = -1, 0, collections.Counter(), set()
-        self.scored = variant == "scores"
-        self.begun = []
+        self.scored, self.begun = variant == "scores", []
         self.given = SYNTHETIC + VARIANTS["synthetic"][variant] if model in SCRIPTS["synthetic"] else [
             *IMAGES, *VARIANTS["images"][variant], "--data-dir", place / "photos.zip",
             "--inception-weights", shared / "inception.pth"]
