@@ -11,7 +11,7 @@ An encoder E, a generator G and a discriminator D. Each iteration draws one mini
     D      tells x (and, as a little share of the reals, G(E(x))) from G(z), under a gradient penalty (Eq. 7 or 8)
     G      matches D's mean score of x and G(z), and how steep D is around both (Eq. 13)
 
-What to expect: docs/gngan.md.
+What to expect: docs/gngan.md. In brackets behind a flag: where its default comes from.
 """
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import time
 from dataclasses import dataclass
 from typing import Callable, Literal, Optional
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread of PyTorch's that waits leaves its core to others
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.utils import make_grid
-from tqdm import tqdm
 
 import common
 from common import UserError, datasets, training
@@ -44,6 +45,20 @@ Terms = dict[str, Tensor]  # by name, what goes to TensorBoard: scalars, or a nu
 # ------------------------------------------------------------------------------ arguments
 @dataclass
 class Args:
+    # used most
+    dataset: Literal["cifar10", "stl10", "folder"] = "cifar10"
+    """What to train on. folder: images of your own, cut to squares and resized to --image-size."""
+    data_dir: str = "data"
+    """Where data sets are kept and downloaded to.
+    With --dataset folder: the images' directory, with those in it, or their .zip."""
+    width: float = 1.0
+    """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
+    iterations: Optional[int] = None
+    """Updates of G. Default: 350,000; 200,000 with --hinge [paper]."""
+    resume: Optional[str] = None
+    """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
+    auto: go on in --run-name's folder if it has a checkpoint, else start it."""
+
     # run
     seed: int = 1
     """Seed of the initial weights, the order of the data and every draw."""
@@ -61,10 +76,7 @@ class Args:
     run_dir: str = "runs"
     """The folder for run folders."""
     run_name: Optional[str] = None
-    """The run folder's name. Default: {dataset}__{script}__{seed}__{time}."""
-    resume: Optional[str] = None
-    """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
-    auto: go on in --run-name's folder if it has a checkpoint, else start it."""
+    """The run folder's name. Default: {dataset}-{script}-{seed}-{month, day}-{hour, minute}."""
     evaluate: Optional[str] = None
     """A run folder, checkpoint.pt or generator.pt: print its scores as JSON; train nothing."""
     generate: Optional[str] = None
@@ -76,16 +88,10 @@ class Args:
     Default: the folder `generated` beside the checkpoint."""
 
     # data
-    dataset: Literal["cifar10", "stl10", "folder"] = "cifar10"
-    """folder: a directory (recursive) or .zip of images, cut to squares, resized to --image-size."""
-    data_dir: str = "data"
-    """Where data sets are kept and downloaded to; with folder, the directory or .zip itself."""
     image_size: Optional[int] = None
     """Height and width, a multiple of 8. Default: 32; stl10: 48 [paper]. Any but 32 has STL-10's networks."""
 
     # model
-    width: float = 1.0
-    """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
     latent_dim: int = 128
     """Dimensions of z ~ U(-1, 1) [paper; the distribution: authors' code]."""
     ema: float = 0.0
@@ -93,27 +99,30 @@ class Args:
 
     # loss
     hinge: bool = True
-    """Eq. 8 instead of Eq. 7 for D."""
+    """D's loss is the hinge loss (Eq. 8), not the log loss (Eq. 7)."""
     neighbor_embedding: bool = True
-    """V_R (Eq. 2-6) in the autoencoder's loss. With --no-autoencoder: in G's, on z and G(z) alone (figure 7)."""
+    """Neighbours stay neighbours: latents that lie close give images that lie close (V_R, Eq. 2-6).
+    It is part of the autoencoder's loss; with --no-autoencoder of G's, on z and G(z) alone (figure 7)."""
     gradient_matching: bool = True
-    """G's loss is Eq. 13. With --no-gradient-matching: its first term alone.
-    With --no-autoencoder too: GAN's non-saturating loss, or, with --hinge, -E D(G(z)) [ours]."""
+    """G's loss compares D's scores of real and generated images, and D's gradients there (Eq. 13).
+    Without: the scores alone.
+    Without autoencoder too: GAN's non-saturating loss, or, with --hinge, -E D(G(z)) [ours]."""
     autoencoder: bool = True
-    """The autoencoder's update and V_C of Eq. 7; without: figure 7's standard GAN."""
+    """Train an encoder, with G as its decoder; D takes a few reconstructions for real (V_C of Eq. 7).
+    Without: figure 7's standard GAN."""
     distgan: bool = False
     """The baseline Dist-GAN (Tran, Bui and Cheung 2018): its autoencoder compares D's features.
     It has no neighbour embedding and no gradient matching."""
     lambda_p: Optional[float] = None
-    """Weight of the gradient penalty V_P. Default: 1 [paper]; 0 without an autoencoder [ours]."""
+    """Weight of the gradient penalty V_P in D's loss. Default: 1 [paper]; 0 without an autoencoder [ours]."""
     lambda_r: float = 1.0
-    """Weight of V_R [paper]; of Dist-GAN's latent-data distance."""
+    """Weight of the neighbour embedding V_R [paper]; of Dist-GAN's latent-data distance."""
     lambda_m1: float = 1.0
-    """Weight of the gradient norms' term of Eq. 13 [paper]."""
+    """Weight in G's loss: how far D's mean gradient norms are apart (Eq. 13) [paper]."""
     lambda_m2: float = 1.0
-    """Weight of the inner products' term of Eq. 13 [paper]."""
+    """Weight in G's loss: how far D's mean products of gradient and image are apart (Eq. 13) [paper]."""
     alpha: float = 0.05
-    """Share of the reconstructions among the reals of Eq. 7 [paper]."""
+    """Share of the reconstructions in what D takes for real (Eq. 7) [paper]."""
     penalty: Literal["auto", "score", "rms", "reversed"] = "auto"
     """Whose gradient V_P holds at norm 1. auto: rms; with --hinge reversed.
     score: the L2 norm of the sigmoid score's gradient, D as in the paper.
@@ -123,8 +132,6 @@ class Args:
     """The autoencoder's update trains E and G [paper] or E alone [authors' code for CIFAR-10 and STL-10]."""
 
     # optimisation
-    iterations: Optional[int] = None
-    """Updates of G. Default: 350,000; 200,000 with --hinge [paper]."""
     batch_size: int = 64
     """Images a mini-batch, over all processes of torchrun [paper]."""
     lr: float = 2e-4
@@ -139,11 +146,12 @@ class Args:
 
     # logging
     log_every: int = 100
-    """Iterations between lines in TensorBoard; 0: none."""
+    """Iterations between lines in TensorBoard, and at 1, 2, 4, 8, ...; 0: none."""
     sample_every: int = 5000
-    """Iterations between grids of samples; 0: none."""
+    """Iterations between grids of samples, and at 0, 1, 2, 4, 8, ... and the end; 0: none."""
     eval_every: int = 10000
-    """Iterations between evaluations, and one at the end; 0: none, no Inception weights needed."""
+    """Iterations between scores (FID and others), and at the end.
+    0: none, and no Inception weights needed."""
     checkpoint_every: int = 1000
     """Iterations between checkpoints; 0: at the start, at the end, before a score, on a signal."""
     num_real: Optional[int] = None
@@ -783,16 +791,17 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
         trained = {name: networks[name] for name in optimizers}
         writer = training.begin_log(folder, args, images, trained, device, checkpoint)
         if start == 0:
-            real = get_batch(images, args, 0, device)[:64]
-            writer.add_image("images/real", make_grid(real, nrow=8).cpu())
-    bar = tqdm(total=args.iterations, initial=start, desc=SCRIPT, unit="it", mininterval=0.5,
-               dynamic_ncols=True, disable=not main_process, postfix="compiling" if args.compile else None)
+            real = datasets.make_picture(get_batch(images, args, 0, device)[:64])
+            writer.add_image("images/real", np.asarray(real), dataformats="HWC")
+    bar = common.progress(total=args.iterations, initial=start, desc=SCRIPT, unit="it",
+                          disable=not main_process, postfix="compiling" if args.compile else None)
 
     with writer or contextlib.nullcontext(), bar:
         for iteration in range(start, args.iterations + 1):
             last = iteration == args.iterations or training.stopping(signals)
-            log = due(args.log_every, iteration, args.iterations)
-            sample = due(args.sample_every, iteration, args.iterations)
+            log = due(args.log_every, iteration, args.iterations, early=True)
+            sample = due(args.sample_every, iteration, args.iterations, early=True)
+            sample = sample or args.sample_every > 0 and (last or iteration == 0)
             evaluate = evaluator is not None and due(args.eval_every, iteration, args.iterations)
             save = due(args.checkpoint_every, iteration, args.iterations)
             save = save or evaluate or last or iteration == 0
@@ -806,7 +815,9 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
             if unwritten and log:
                 values = {name: value.item() for name, value in losses.items()}
                 points = {f"losses/{name}": value for name, value in values.items()}
-                points["charts/images_per_second"] = training.images_per_second(bar, args.batch_size)
+                rate = training.images_per_second(bar, args.batch_size)
+                if rate is not None:
+                    points["charts/images_per_second"] = rate
                 points["charts/learning_rate"] = lr.item()
                 for name, value in points.items():
                     writer.add_scalar(name, value, iteration)
@@ -815,9 +826,9 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
 
             # Samples
             if unwritten and sample:
-                grid = make_grid(sample_images(networks[sampled], fixed_noise), nrow=8).cpu()
-                datasets.to_picture(grid).save(folder / f"samples/{iteration:08d}.png")
-                writer.add_image("images/samples", grid, iteration)
+                grid = datasets.make_picture(sample_images(networks[sampled], fixed_noise))
+                grid.save(folder / f"samples/{iteration:08d}.png")
+                writer.add_image("images/samples", np.asarray(grid), iteration, dataformats="HWC")
 
             # Checkpoint
             if unwritten and save:
@@ -846,7 +857,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
             rng.manual_seed(draw_seed(args.seed, iteration))
             lr.fill_(learning_rate(args, iteration))
             losses = train_step(get_batch(images, args, iteration, device))
-            bar.update()
+            training.show_iterations(bar)
 
 
 # -------------------------------------------------------------------- arguments and files
@@ -891,7 +902,7 @@ def main() -> int:
             datasets.write_images(sampler, args.num_images, args.out or file.parent / "generated")
         return 0
 
-    with training.open_run(args, file, default_name=f"{args.dataset}__{SCRIPT}") as folder:
+    with training.open_run(args, file, default_name=f"{args.dataset}-{SCRIPT}") as folder:
         images = datasets.load(args.dataset, args.data_dir, args.image_size)
         args.num_real = min(args.num_real or 10_000, len(images))
         evaluator = None

@@ -11,7 +11,8 @@ things make this script fast. Seeds train at once: each loss is written for one 
 torch.vmap runs it over all of them. One iteration, with its gradients and Adam steps, is one
 function that torch.compile turns into one graph. Each core trains a share of the seeds.
 
-A method of your own: its losses, and a line in METHODS. What to expect: docs/synthetic.md.
+A method of your own: its losses, and a line in METHODS. What to expect: docs/synthetic.md. In brackets
+behind a flag: where its default comes from.
 """
 from __future__ import annotations
 
@@ -31,7 +32,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import common
 from common import UserError, training
@@ -50,11 +50,22 @@ TrainShare = Callable[[int, int], dict]
 # ---------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
+    # used most
+    method: MethodName = "gngan"
+    """What to train; all: each in turn. In 1D: those whose D judges points."""
+    dim: Literal[2, 1] = 2
+    """2: 25 Gaussians on a grid (table 2, figures 3, 4). 1: three Gaussians on a line (figure 2)."""
+    num_seeds: int = 8
+    """How many runs to train at once, with the seeds seed, seed + 1, ..."""
+    epochs: Optional[int] = None
+    """Passes over the data. Default: 500 in 2D (195,500 iterations), 100 in 1D (10,000) [paper]."""
+    resume: Optional[str] = None
+    """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
+    auto: go on in --run-name's folder if it has a checkpoint, else start it."""
+
     # run
     seed: int = 1
     """The first seed, of initial weights and all draws. Each seed's run is what it would be alone."""
-    num_seeds: int = 8
-    """How many runs to train at once, with the seeds seed, seed + 1, ..."""
     processes: Optional[int] = None
     """Processes that share the seeds, of one thread each, at most one a seed; on a GPU always 1.
     Default: one a core, or OMP_NUM_THREADS; on macOS 1."""
@@ -65,18 +76,9 @@ class Args:
     run_dir: str = "runs"
     """The folder for run folders."""
     run_name: Optional[str] = None
-    """The run folder's name. Default: synthetic{dim}d__{script}__{seed}__{time}."""
-    resume: Optional[str] = None
-    """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
-    auto: go on in --run-name's folder if it has a checkpoint, else start it."""
-
-    # data
-    dim: Literal[2, 1] = 2
-    """2: 25 Gaussians on a grid (table 2, figures 3, 4). 1: three Gaussians on a line (figure 2)."""
+    """The run folder's name. Default: {dim}d-{script}-{seed}-{month, day}-{hour, minute}."""
 
     # model
-    method: MethodName = "gngan"
-    """What to train; all: each in turn. In 1D: those whose D judges points."""
     hidden_dim: Optional[int] = None
     """Neurons a hidden layer. Default: 64 in 2D, 4 in 1D [paper]."""
     hidden_layers: int = 2
@@ -120,8 +122,6 @@ class Args:
     """VAE-GAN: weight of the Kullback-Leibler term in E's loss [tuned]."""
 
     # optimisation
-    epochs: Optional[int] = None
-    """Passes over the data. Default: 500 in 2D (195,500 iterations), 100 in 1D (10,000) [paper]."""
     batch_size: Optional[int] = None
     """Points a mini-batch. Default: 128 in 2D [paper], 64 in 1D [authors' code]."""
     lr: float = 1e-3
@@ -737,6 +737,11 @@ def density(samples: Tensor) -> Tensor:
     return counts / (samples.shape[1] * 0.1)
 
 
+def shown_variant(args: Args) -> str:
+    """The ending of the scores that are shown where one variant is: with --ema the averaged G's."""
+    return "_ema" if args.ema else ""
+
+
 def sample_points(args: Args, networks: Networks, epoch: int, count: int, variant: str = "") -> Tensor:
     """G(z) of every seed, [S, count, dim] on the CPU: a function of weights, seed and epoch."""
     problem = make_problem(args.dim)
@@ -877,8 +882,8 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
     events = folder / args.method if header["args"]["method"] == "all" else folder
     step = math.ceil(start / length)
     writer = training.summary_writer(events, args, step, arguments=start < total)
-    bar = tqdm(total=total, initial=start, desc=title, unit="it", mininterval=0.5, dynamic_ncols=True,
-               postfix="compiling" if compiled else None)
+    bar = common.progress(total=total, initial=start, desc=title, unit="it",
+                          postfix="compiling" if compiled else None)
 
     state["losses"] = losses
     iteration, sent, block, since = start, [start], 1, (start, time.perf_counter())
@@ -922,9 +927,12 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 if rate is not None:
                     writer.add_scalar("charts/iterations_per_second", rate, epoch)
                 writer.add_scalar("charts/learning_rate", learning_rate(args, iteration), epoch)
-                shown = "_ema" if args.ema else ""
+                shown = shown_variant(args)
                 bar.set_postfix(modes=f"{np.mean(scores['modes' + shown]):.1f}",
                                 points=f"{np.mean(scores['points' + shown]):.0f}", refresh=False)
+                if due(args.epochs, epoch, args.epochs, early=True) and epoch < args.epochs:
+                    model = {"iteration": iteration, "networks": networks, "frames": frames}
+                    draw_pictures(args, folder, {args.method: model})
 
             # Train in blocks, which end with an epoch. Four are sent ahead, so that no process waits
             # for another that is slower for a moment. A signal waits for one, about half a second.
@@ -935,7 +943,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 train_shares.send(sent[-1], stop)
                 sent.append(stop)
             state = join_shares(train_shares.receive(), args.num_seeds)
-            bar.update(sent[1] - iteration)
+            training.show_iterations(bar, sent[1] - iteration)
             sent, iteration = sent[1:], sent[1]
             passed = time.perf_counter() - since[1]
             if passed > 0.5:
@@ -983,7 +991,8 @@ def parse_args(argv: Optional[list[str]] = None) -> tuple[Args, Optional[pathlib
             raise UserError(f"{common.flag(name)} is {value}: the run of {file} has {saved}; "
                             "leave the flag out, or start a new run")
     if args.epochs * epoch_length(args) < checkpoint["iteration"]:
-        raise UserError(f"--epochs is {args.epochs}: {file} is already at iteration {checkpoint['iteration']}")
+        raise UserError(f"--epochs is {args.epochs}: {file} is already at iteration {checkpoint['iteration']}; "
+                        "give more")
     return args, file, checkpoint
 
 
@@ -1018,16 +1027,18 @@ def draw_pictures(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> 
     positions = (problem.centers[:, None] + torch.cartesian_prod(offsets, offsets)).flatten(0, 1)
     samples, gradients = {}, {}
     for name, model in models.items():
-        title, variant = METHODS[name].title, "_ema" if args.ema else ""
+        title, variant = METHODS[name].title, shown_variant(args)
         epoch = model["iteration"] // epoch_length(args)
         points = sample_points(resolve(args, name), model["networks"], epoch, NUM_SAMPLES, variant)
-        samples[title + (", averaged G" if args.ema else "")] = points
+        samples[title + pictures.VARIANTS[variant]] = points
         if METHODS[name].judges_points:
             gradients[title] = gradients_of_d(name, model["networks"], positions)
     panels = []
     for title, points in pictures.choose_panels(samples, args.seed):
         scores = register(points[None], problem.centers, problem.radius)
-        panels.append((f"{title}\n{int(scores['modes'])} modes, {int(scores['points'])} points", points))
+        modes, registered = int(scores["modes"]), int(scores["points"])
+        modes_word = "mode" if modes == 1 else "modes"
+        panels.append((f"{title}\n{modes} {modes_word}, {registered} points", points))
     pictures.plot_points(panels, problem.centers, problem.radius, folder / "samples.png")
     if gradients:
         panels = pictures.choose_panels(gradients, args.seed)
@@ -1063,8 +1074,8 @@ def report(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> str:
     print("\n".join([pictures.table(rows, with_paper=args.dim == 2), *ends]))
     figures = []
     for title, result, _ in rows:
-        shown, words = ("_ema", ", averaged G,") if "modes_ema" in result else ("", "")
-        figures.append(f"{title}{words} {result['modes' + shown]['mean']:.2f} modes "
+        shown = shown_variant(args)
+        figures.append(f"{title}{pictures.VARIANTS[shown]}: {result['modes' + shown]['mean']:.2f} modes, "
                        f"{result['points' + shown]['mean']:.1f} points")
     return ", ".join(figures + ends)
 
@@ -1081,7 +1092,7 @@ def main() -> int:
     args.processes = 1 if device.type == "cuda" else args.processes or cores
     if args.compile and total >= COMPILE_FROM:
         args.compile = training.compiles(device)
-    name = args.run_name or f"synthetic{args.dim}d__{SCRIPT}__{args.seed}__{int(time.time())}"
+    name = args.run_name or common.run_name(f"{args.dim}d-{SCRIPT}", args.seed)
     place = file.parent if file else common.expand(os.path.join(args.run_dir, name))
 
     with common.run_folder(place, resume=file is not None, free_name=not (file or args.run_name)) as folder:
@@ -1117,10 +1128,12 @@ def main() -> int:
         summary = report(args, folder, models)
 
     ended = [model for model in models.values() if "diverged" in model or model["iteration"] == total]
+    picture = folder / ("samples.png" if args.dim == 2 else "training.gif")
+    seen = f"; to see: {picture}" if picture.exists() else ""
     if len(ended) == len(methods):
-        print(f"{folder}: {summary}")
+        print(f"{folder}: {summary}{seen}")
         return 0 if any("networks" in model for model in ended) else 2
-    print(f"{folder}: stopped ({summary}); go on with --resume {common.quote(folder)}")
+    print(f"{folder}: stopped ({summary}){seen}; go on with {common.command('--resume', folder)}")
     return 128 + signals[0]
 
 

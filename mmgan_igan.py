@@ -16,7 +16,7 @@ iteration draws one mini-batch x and one z:
            moving averages of both spheres take in the mini-batch's (Algorithm 1)
     G      brings the two averaged spheres together (Eq. 5, 8), and keeps its images' features uncorrelated (R_G, Eq. 9)
 
-What to expect: docs/mmgan.md.
+What to expect: docs/mmgan.md. In brackets behind a flag: where its default comes from.
 """
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import time
 from dataclasses import dataclass
 from typing import Callable, Literal, NamedTuple, Optional
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread of PyTorch's that waits leaves its core to others
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.utils import make_grid
-from tqdm import tqdm
 
 import common
 from common import UserError, datasets, training
@@ -49,6 +50,20 @@ Noise = list[Tensor]  # what disturbs a training batch of D, see `draw_noise`
 # ------------------------------------------------------------------------------ arguments
 @dataclass
 class Args:
+    # used most
+    dataset: Literal["cifar10", "folder"] = "cifar10"
+    """What to train on. folder: images of your own, cut to squares and resized to --image-size."""
+    data_dir: str = "data"
+    """Where data sets are kept and downloaded to.
+    With --dataset folder: the images' directory, with those in it, or their .zip."""
+    width: float = 1.0
+    """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
+    iterations: Optional[int] = None
+    """Mini-batches trained on. Default: --epochs passes over the data set."""
+    resume: Optional[str] = None
+    """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
+    auto: go on in --run-name's folder if it has a checkpoint, else start it."""
+
     # run
     seed: int = 1
     """Seed of the initial weights, the order of the data and every draw."""
@@ -66,10 +81,7 @@ class Args:
     run_dir: str = "runs"
     """The folder for run folders."""
     run_name: Optional[str] = None
-    """The run folder's name. Default: {dataset}__{script}__{seed}__{time}."""
-    resume: Optional[str] = None
-    """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
-    auto: go on in --run-name's folder if it has a checkpoint, else start it."""
+    """The run folder's name. Default: {dataset}-{script}-{seed}-{month, day}-{hour, minute}."""
     evaluate: Optional[str] = None
     """A run folder, checkpoint.pt or generator.pt: print its scores as JSON; train nothing."""
     generate: Optional[str] = None
@@ -81,16 +93,10 @@ class Args:
     Default: the folder `generated` beside the checkpoint."""
 
     # data
-    dataset: Literal["cifar10", "folder"] = "cifar10"
-    """folder: a directory (recursive) or .zip of images, cut to squares, resized to --image-size."""
-    data_dir: str = "data"
-    """Where data sets are kept and downloaded to; with folder, the directory or .zip itself."""
     image_size: int = 32
     """Height and width, a multiple of 8 [Improved GAN's code]."""
 
     # model
-    width: float = 1.0
-    """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
     latent_dim: int = 100
     """Dimensions of z ~ U(0, 1) [Improved GAN's code]."""
     ema: float = 0.0
@@ -100,24 +106,27 @@ class Args:
 
     # loss
     kernel: Literal["none", "linear", "poly", "rbf", "exp"] = "exp"
-    """K of Eq. 7 and 8 [paper, figure 3]; none: Eq. 4 and 5."""
+    """The kernel in whose space the features' two spheres lie (K of Eq. 7, 8) [paper, figure 3].
+    none: the features' own space (Eq. 4, 5)."""
     kernel_width: Optional[float] = None
     """The kernel's width w [the paper gives none].
     Default: a moving average of the mean of two spreads, the real features' and all features' [ours].
     So K between the centroids cannot vanish."""
     alpha: float = 1.0
-    """Weight of the difference of radii in Eq. 8 [paper]."""
+    """Weight of the spheres' difference of radii, beside their centres' distance (Eq. 8) [paper]."""
     beta: float = 0.1
-    """Weight of the correlation regulariser R_G [paper]; 0: "No R_G"."""
+    """Weight of the correlation regulariser R_G, which keeps generated images different (Eq. 9) [paper].
+    0: the paper's "No R_G"."""
     delta: float = 0.9
-    """Decay of the moving averages of centroids and radii [paper: 0.9 or greater]."""
+    """Decay of the moving averages of the spheres' centres and radii [paper: 0.9 or greater]."""
     manifold_scale: Literal["one", "width"] = "width"
-    """Factor of L_G in G's loss. one: 1 [paper].
+    """Factor of the spheres' distance L_G (Eq. 8) in G's loss. one: 1 [paper].
     width: the kernel's width, so that distances have the features' unit, as in feature matching [ours]."""
     manifold_in_discriminator: bool = False
-    """D's loss has L_G, with a minus and unscaled [paper: Eq. 6, 10]. Without: G's alone [ours]."""
+    """D's loss keeps the spheres apart: it has L_G, with a minus and unscaled [paper: Eq. 6, 10].
+    Without: L_G is G's alone [ours]."""
     correlation_in_discriminator: bool = False
-    """D's loss has R_G, with a minus [Eq. 10]. D then learns only to see all generated images as equal.
+    """D's loss has R_G too, with a minus [Eq. 10]. D then learns only to see all generated images as equal.
     Without: G's alone [paper: section V]."""
     baseline: Optional[Literal["minibatch", "feature-matching"]] = None
     """Improved GAN instead of manifolds.
@@ -130,8 +139,6 @@ class Args:
     """With --baseline minibatch: real images' target in D's loss is 1 minus this [Improved GAN's paper]."""
 
     # optimisation
-    iterations: Optional[int] = None
-    """Mini-batches trained on. Default: --epochs passes over the data set."""
     epochs: int = 1200
     """Passes over the data set, where --iterations is not given [original's code]."""
     batch_size: int = 100
@@ -148,11 +155,12 @@ class Args:
 
     # logging
     log_every: int = 100
-    """Iterations between lines in TensorBoard; 0: none."""
+    """Iterations between lines in TensorBoard, and at 1, 2, 4, 8, ...; 0: none."""
     sample_every: int = 1000
-    """Iterations between grids of samples; 0: none."""
+    """Iterations between grids of samples, and at 0, 1, 2, 4, 8, ... and the end; 0: none."""
     eval_every: int = 10000
-    """Iterations between evaluations, and one at the end; 0: none, no Inception weights needed."""
+    """Iterations between scores (FID and others), and at the end.
+    0: none, and no Inception weights needed."""
     checkpoint_every: int = 1000
     """Iterations between checkpoints; 0: at the start, at the end, before a score, on a signal."""
     num_real: Optional[int] = None
@@ -852,16 +860,17 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
         trained = {name: networks[name] for name in optimizers}
         writer = training.begin_log(folder, args, images, trained, device, checkpoint)
         if start == 0:
-            real = get_batch(images, args, 0, device)[:64]
-            writer.add_image("images/real", make_grid(real, nrow=8).cpu())
-    bar = tqdm(total=args.iterations, initial=start, desc=SCRIPT, unit="it", mininterval=0.5,
-               dynamic_ncols=True, disable=not main_process, postfix="compiling" if args.compile else None)
+            real = datasets.make_picture(get_batch(images, args, 0, device)[:64])
+            writer.add_image("images/real", np.asarray(real), dataformats="HWC")
+    bar = common.progress(total=args.iterations, initial=start, desc=SCRIPT, unit="it",
+                          disable=not main_process, postfix="compiling" if args.compile else None)
 
     with writer or contextlib.nullcontext(), bar:
         for iteration in range(start, args.iterations + 1):
             last = iteration == args.iterations or training.stopping(signals)
-            log = due(args.log_every, iteration, args.iterations)
-            sample = due(args.sample_every, iteration, args.iterations)
+            log = due(args.log_every, iteration, args.iterations, early=True)
+            sample = due(args.sample_every, iteration, args.iterations, early=True)
+            sample = sample or args.sample_every > 0 and (last or iteration == 0)
             evaluate = evaluator is not None and due(args.eval_every, iteration, args.iterations)
             save = due(args.checkpoint_every, iteration, args.iterations)
             save = save or evaluate or last or iteration == 0
@@ -875,7 +884,9 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
             if unwritten and log:
                 values = {name: value.item() for name, value in losses.items()}
                 points = {f"losses/{name}": value for name, value in values.items()}
-                points["charts/images_per_second"] = training.images_per_second(bar, args.batch_size)
+                rate = training.images_per_second(bar, args.batch_size)
+                if rate is not None:
+                    points["charts/images_per_second"] = rate
                 points["charts/learning_rate"] = lr.item()
                 for name, value in points.items():
                     writer.add_scalar(name, value, iteration)
@@ -884,9 +895,9 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
 
             # Samples
             if unwritten and sample:
-                grid = make_grid(sample_images(networks[sampled], fixed_noise), nrow=8).cpu()
-                datasets.to_picture(grid).save(folder / f"samples/{iteration:08d}.png")
-                writer.add_image("images/samples", grid, iteration)
+                grid = datasets.make_picture(sample_images(networks[sampled], fixed_noise))
+                grid.save(folder / f"samples/{iteration:08d}.png")
+                writer.add_image("images/samples", np.asarray(grid), iteration, dataformats="HWC")
 
             # Checkpoint
             if unwritten and save:
@@ -915,7 +926,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
             rng.manual_seed(draw_seed(args.seed, iteration))
             lr.fill_(learning_rate(args, iteration))
             losses = train_step(get_batch(images, args, iteration, device))
-            bar.update()
+            training.show_iterations(bar)
 
 
 # -------------------------------------------------------------------- arguments and files
@@ -961,7 +972,7 @@ def main() -> int:
             datasets.write_images(sampler, args.num_images, args.out or file.parent / "generated")
         return 0
 
-    with training.open_run(args, file, default_name=f"{args.dataset}__{SCRIPT}") as folder:
+    with training.open_run(args, file, default_name=f"{args.dataset}-{SCRIPT}") as folder:
         images = datasets.load(args.dataset, args.data_dir, args.image_size)
         args.num_real = min(args.num_real or 10_000, len(images))
         args.iterations = args.iterations or max(1, args.epochs * len(images) // args.batch_size)

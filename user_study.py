@@ -1,7 +1,7 @@
 """The user study of "MMGAN: Manifold-Matching Generative Adversarial Network" (Park et al. 2018), table
 I: a web page on which people mark the images that they take for fake.
 
-    python user_study.py --real data/MNIST --fake dcgan=dcgan.npy --fake "mmgan rbf=runs/x/generated"
+    python user_study.py --real mnist --fake dcgan=dcgan.npy --fake "mmgan rbf=runs/x/generated"
     python user_study.py --real cifar10 --fake dcgan=x.npy --host 0.0.0.0    # for others too
     python user_study.py --tally study.db --csv table.csv --chart table.png  # table I
 
@@ -40,7 +40,7 @@ import waitress
 from PIL import Image
 from werkzeug.exceptions import HTTPException
 
-from common import UserError, check_ranges, datasets, expand, reason, run, training, write_atomically
+from common import UserError, check_ranges, command_line, datasets, expand, reason, run, training, write_atomically
 
 SCRIPT = pathlib.Path(__file__).stem
 DATASETS = {"mnist": 28, "cifar10": 32, "stl10": 48, "celeba": 64}  # height and width in the papers
@@ -54,10 +54,11 @@ COLUMNS = ("method", "share", "low", "high", "participants", "votes", "paper_mni
 class Args:
     # images
     real: Optional[str] = None
-    """Source of real images. A folder, .zip, celeba and stl10 are resized to the fake images' size."""
+    """Real images: mnist, cifar10, celeba, stl10, or a folder, .zip, .npy or idx3 file.
+    All but mnist, cifar10, .npy and idx3 are resized to the fake images' size."""
     fake: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=SOURCE, once for each method. The table has the paper's figures for the names dcgan,
-    "mmgan rbf", "mmgan exp" and "mmgan no rg"."""
+    """NAME=SOURCE, once for each method. SOURCE: what --generate wrote, or anything that --real takes.
+    The table has the paper's figures for the names dcgan, "mmgan rbf", "mmgan exp" and "mmgan no rg"."""
     data_dir: str = "data"
     """Where data sets are kept and downloaded to."""
     # study
@@ -100,6 +101,7 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
         return datasets.load(name, root, image_size).numpy().transpose(0, 2, 3, 1)
 
     path = expand(source)
+    advice = f"give a folder, .zip, .npy or idx3 file, or one of {', '.join(DATASETS)}"
     if source in ("celeba", "stl10"):
         return load(source, data_dir, image_size=size or DATASETS[source])
     if source in DATASETS:
@@ -108,7 +110,10 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
         if any(folder.glob("train-images-idx3-ubyte*")):
             return load("mnist", folder, image_size=28)
     if path.is_dir() or zipfile.is_zipfile(path):
-        return load("folder", path, image_size=size or first_size(path))
+        try:
+            return load("folder", path, image_size=size or first_size(path))
+        except UserError as error:
+            raise UserError(f"{error}; {advice}") from None
     try:
         if path.suffix == ".npy":
             images = np.load(path)
@@ -122,8 +127,7 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
             raise ValueError(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 1 or 3]")
     except Exception as error:  # whatever a cut or foreign file makes NumPy raise
-        raise UserError(f"cannot read {source}: {reason(error)}; "
-                        f"give a folder, .zip, .npy or idx3 file, or one of {', '.join(DATASETS)}") from None
+        raise UserError(f"cannot read {source}: {reason(error)}; {advice}") from None
     return images
 
 
@@ -160,7 +164,8 @@ def open_sources(args: Args) -> dict[str, np.ndarray]:
             raise UserError(f"all images must have one size: those of {name} are {h}x{w}, "
                             f"those of {first} {height}x{width}")
         if len(images) < args.per_method:
-            raise UserError(f"{name} has {len(images)} images: lower --per-method {args.per_method}")
+            raise UserError(f"{name} has {len(images)} images, too few for --per-method {args.per_method}: "
+                            f"give --per-method {len(images)}, and no more --pages than that")
     return images_by_method
 
 
@@ -291,10 +296,10 @@ body { margin: 0; background: var(--page); color: var(--text); font: 1.0625rem/1
 main { max-width: 62rem; margin: 0 auto; padding: 1.25rem 1rem 2.5rem } .text { max-width: 38rem; padding-top: 12vh }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem } p { margin: 0 0 1rem } details { color: var(--soft) }
 .progress { display: flex; gap: .8rem; color: var(--soft); margin-bottom: 1rem } progress { flex: 1; height: 1.5rem }
-fieldset { border: 0; margin: 0 0 1.5rem; padding: 0; min-width: 0; display: grid; gap: 10px;
-           grid-template-columns: repeat(auto-fill, min(100%, {{ width }}px)) }
+fieldset { border: 0; margin: 0 -5px 1.5rem; padding: 0; min-width: 0; text-wrap: balance } /* rows alike in length */
 legend, [formmethod] { position: absolute; clip-path: inset(50%) } svg { height: 1.2rem; fill: currentColor }
-.image { position: relative; border-radius: 8px; background: var(--card); box-shadow: 0 0 0 1px var(--line) }
+.image { position: relative; display: inline-block; vertical-align: top; margin: 5px; width: {{ width }}px;
+         max-width: calc(100% - 10px); border-radius: 8px; background: var(--card); box-shadow: 0 0 0 1px var(--line) }
 .image img { display: block; width: 100%; height: auto; border-radius: 8px 8px 0 0; image-rendering: pixelated }
 .image input { appearance: none; position: absolute; inset: 0; margin: 0; border-radius: 8px; cursor: pointer }
 .image span { display: flex; justify-content: center; gap: .4rem; padding: .3rem; line-height: 1.25rem;
@@ -507,7 +512,8 @@ def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
 
 
 def draw_chart(path: pathlib.Path, rows: list[dict]) -> None:
@@ -530,7 +536,7 @@ def draw_chart(path: pathlib.Path, rows: list[dict]) -> None:
 
 # ----------------------------------------------------------------------------------- main
 def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
+    args = command_line(Args, None, __doc__)
     check_ranges(args, {"pages": "[1, inf)", "per_method": f"[{args.pages}, inf)", "port": "[0, 65536)",
                         "max_participants": "[1, inf)", "zoom": "[1, inf)"})
     if args.chart and not args.chart.lower().endswith(".png"):

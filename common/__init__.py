@@ -16,6 +16,7 @@ import pathlib
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -164,6 +166,27 @@ class Output:
         return getattr(self.stream, name)
 
 
+class Lines:
+    """What a progress bar writes, as lines of a log."""
+
+    def write(self, text: str) -> None:
+        if text.strip():  # neither the bar's \r nor its last \n
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+LOG_SECONDS = 30.0  # between a progress bar's lines in a log
+
+
+def progress(*given, **named) -> tqdm:
+    """A progress bar in a terminal; in a log, a line now and then."""
+    if sys.stderr.isatty():
+        return tqdm(*given, mininterval=0.5, dynamic_ncols=True, **named)
+    return tqdm(*given, mininterval=LOG_SECONDS, maxinterval=LOG_SECONDS, file=Lines(), ascii=True, **named)
+
+
 # ------------------------------------------------------------------------------------------------- command line
 def parse(cls: type, argv: Optional[list[str]], description: str, script: str
           ) -> tuple[object, Optional[pathlib.Path], Optional[dict]]:
@@ -177,9 +200,9 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
     """
     def read(**default) -> object:
         if started() == 1 or os.environ["LOCAL_RANK"] == "0":
-            return tyro.cli(cls, args=argv, description=description, **default)
+            return command_line(cls, argv, description, **default)
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            return tyro.cli(cls, args=argv, **default)  # of torchrun's processes on a machine one prints tyro's message
+            return command_line(cls, argv, **default)  # of torchrun's processes on a machine one prints
 
     args = read()
     if args.resume is not None:
@@ -215,6 +238,19 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
             print(f"{script}.py: {flag(name)} {value} (saved: {saved.get(name, 'not there')})", file=sys.stderr)
     args.resume = None  # what a checkpoint holds is the run's, however it was begun
     return args, file, checkpoint
+
+
+def command_line(cls: type, argv: Optional[list[str]], description: str = "", **given) -> object:
+    """The command line as tyro reads it; no flag is said to take None. Before its help the description, which tyro
+    would not wrap to the terminal."""
+    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        columns = shutil.get_terminal_size().columns - 1
+        for line in re.sub(r"(?<=\S)\n(?=\S)|  +(?=#)", " ", description).splitlines():  # paragraphs as one line each
+            margin = re.match(" *", line)[0]
+            command = line.lstrip().startswith("python ")  # which the terminal breaks, so that it can be copied
+            print(line if command else textwrap.fill(line, columns, subsequent_indent=2 * margin))
+        print()
+    return tyro.cli(cls, args=argv, description="", config=(tyro.conf.DisallowNone,), **given)
 
 
 OF_ONE_CALL = ("resume", "evaluate", "generate", "num_images", "out")  # flags that say what to do, not what a run is
@@ -341,6 +377,21 @@ def lock(file: pathlib.Path, wait: float) -> Iterator[None]:
         os.close(descriptor)
 
 
+def missing_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Those of a folder and the ones above it that are not there."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_unused(folders: list[pathlib.Path], lock_file: pathlib.Path) -> None:
+    """Remove folders that were made, from the lowest on, where nothing but a lock's file was put into them. For a
+    process that holds this lock."""
+    with contextlib.suppress(OSError):
+        if folders and os.listdir(lock_file.parent) == [lock_file.name]:
+            lock_file.unlink()
+        for folder in folders:
+            folder.rmdir()
+
+
 @contextlib.contextmanager
 def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> Iterator[pathlib.Path]:
     """A run folder that no other process trains in until this context ends. One that is made and left empty is removed.
@@ -353,7 +404,7 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
         problem = None
         with contextlib.ExitStack() as held:
             try:
-                new = not place.exists()
+                new = missing_folders(place)
                 place.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock(place / ".lock", wait=0))
             except BlockingIOError:
@@ -370,10 +421,7 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
                     advice = f"; go on with --resume {quote(place)}" if (place / "checkpoint.pt").exists() else ""
                     raise UserError(f"{reason(error)}, in the run of {place}{advice}") from None
                 finally:
-                    with contextlib.suppress(OSError):
-                        if new and os.listdir(place) == [".lock"]:
-                            (place / ".lock").unlink()
-                            place.rmdir()
+                    remove_unused(new, place / ".lock")
                 return
         if not free_name:
             raise UserError(problem)
@@ -399,6 +447,16 @@ def quote(path: str | os.PathLike) -> str:
     return shlex.quote(str(path))
 
 
+def command(flag: str, path: pathlib.Path) -> str:
+    """This program's command line with one flag."""
+    return f"python {quote(sys.argv[0])} {flag} {quote(path)}"
+
+
+def run_name(what: str, seed: int) -> str:
+    """A run folder's default name: what is trained, the seed, month and day, hour and minute."""
+    return f"{what}-{seed}-{time.strftime('%m%d-%H%M')}"
+
+
 def read_checkpoint(path: str | os.PathLike, script: str) -> tuple[pathlib.Path, dict]:
     """The file and the contents of a script's checkpoint.pt or generator.pt, given the file or its run folder. One that
     is missing, damaged or another script's raises UserError; nothing in it is executed."""
@@ -420,8 +478,9 @@ def read_checkpoint(path: str | os.PathLike, script: str) -> tuple[pathlib.Path,
 
 
 def write_setting(folder: pathlib.Path, script: str, args: dict) -> None:
-    """args.json: the script, every argument, the versions of what it runs on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    """args.json: the script, every argument, the versions of what it runs on and the CPU's threads."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                "threads": torch.get_num_threads()}
     setting = {"script": script, "args": args, "versions": versions}
     write_atomically(folder / "args.json", lambda path: path.write_text(json.dumps(setting, indent=2) + "\n"))
 

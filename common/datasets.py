@@ -37,7 +37,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets import CIFAR10, MNIST, STL10, CelebA, utils
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 import common
 from common import UserError, WriteError, cache_folder, expand, lock, reason, remove_leftovers, write_atomically
@@ -355,8 +354,7 @@ def in_threads(work: Callable[[int], None], count: int) -> list[tuple[int, str]]
     try:
         for first in range(threads):
             threading.Thread(target=work_through, args=(first,), daemon=True).start()
-        bar = tqdm(range(count), "decoding", unit="img", mininterval=0.5, dynamic_ncols=True)
-        ended = [results.get() for _ in bar]
+        ended = [results.get() for _ in common.progress(range(count), "decoding", unit="img")]
         return sorted(failure for failure in ended if failure is not None)
     finally:
         stopped.set()
@@ -445,17 +443,14 @@ def stl10(root: pathlib.Path) -> tuple[object, Callable]:
 
 
 def mnist(root: pathlib.Path) -> tuple[object, Callable]:
-    """train-images-idx3-ubyte or its .gz in `root`/MNIST/raw, where torchvision puts it, or in `root`."""
-    name, folder = "train-images-idx3-ubyte.gz", root / "MNIST" / "raw"
+    """train-images-idx3-ubyte or its .gz in `root`, or in `root`/MNIST/raw, where torchvision puts it."""
+    name = "train-images-idx3-ubyte.gz"
     names = [name.removesuffix(".gz"), name]
-    files = find(folder, names) or find(root, names)
-    if not files:
-        files = [folder / name]
-        url, md5 = MNIST.mirrors[0] + name, dict(MNIST.resources)[name]
-        download("MNIST", url=url, file=files[0],
-                 fetch=lambda path: utils.download_url(url, path.parent, path.name, md5),
-                 advice=f"put {name} into {folder} by hand")
-    file = files[0]
+    file, = (find(root, names) or find(root / "MNIST" / "raw", names) or [root / name])[:1]
+    url, md5 = MNIST.mirrors[0] + name, dict(MNIST.resources)[name]
+    download("MNIST", url=url, file=file,
+             fetch=lambda path: utils.download_url(url, path.parent, path.name, md5),
+             advice=f"download it by hand and put {name} into {root}")
 
     def decode(image_size: int, allocate: Callable[..., np.ndarray]) -> None:
         try:
@@ -541,11 +536,16 @@ def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[pathlib.
     remove_leftovers(file.parent, file.name)
     if file.exists():
         return
+    new, lock_file = common.missing_folders(file.parent), file.with_name(f".{file.name}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with lock(file.with_name(f".{file.name}.lock"), wait=math.inf):
-            if not file.exists():  # no other process has fetched it meanwhile
-                write_atomically(file, fetch_or_explain)
+        with lock(lock_file, wait=math.inf):
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)  # another process, which failed, may have removed it
+                if not file.exists():  # no other process has fetched it meanwhile
+                    write_atomically(file, fetch_or_explain)
+            finally:
+                common.remove_unused(new, lock_file)
     except (OSError, WriteError) as error:
         raise explain("it cannot be kept", error) from None
 
@@ -565,7 +565,7 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str | p
         if path.suffix == ".npy":
             np.save(buffer, torch.cat(images).permute(0, 2, 3, 1).numpy())
         else:
-            to_picture(make_grid(torch.cat(images), nrow=max(1, round(count**0.5)))).save(buffer, "PNG")
+            make_picture(torch.cat(images), columns=max(1, round(count**0.5))).save(buffer, "PNG")
         temporary.write_bytes(buffer.getbuffer())
 
     try:
@@ -577,7 +577,7 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str | p
         elif any(path.iterdir()):
             raise UserError(f"{path} is not empty: choose another --out")
         images = []
-        for start in tqdm(range(0, count, 100), "generating", dynamic_ncols=True):
+        for start in common.progress(range(0, count, 100), "generating"):
             batch = sample(min(100, count - start)).cpu()
             if one_file:
                 images.append(batch)
@@ -589,6 +589,14 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str | p
     if one_file:
         write_atomically(path, write)  # a process that reads or has mapped an earlier file keeps that one
     print(f"{count} images in {path}")
+
+
+def make_picture(images: torch.Tensor, columns: int = 8) -> Image.Image:
+    """A grid of uint8 images [n, C, H, W], its pixels enlarged until it is 600 or more of them wide."""
+    grid = make_grid(images.cpu(), nrow=columns)
+    _, height, width = grid.shape
+    times = math.ceil(600 / width)
+    return to_picture(grid).resize((times * width, times * height), Image.Resampling.NEAREST)
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:

@@ -1,6 +1,8 @@
-"""The figure of a score of runs against iterations. Runs of one NAME become one line with a band:
+"""The figure of a score of runs against iterations, or the grids of one run in motion. Runs of one NAME become one line
+with a band:
 
     python -m common.figure GAN=runs/a GAN=runs/b GN-GAN=runs/c --key fid --out figure7.png
+    python -m common.figure runs/a --out training.gif
 """
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from PIL import Image, ImageDraw
 
 from common import UserError, expand, read_lines, reason, run, write_atomically
 
@@ -33,18 +36,41 @@ def read_scores(folder: str, key: str) -> dict[int, tuple[float, tuple]]:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
+def film(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """The grids in a run folder's samples/ as a GIF, at most 60 of them. Raises UserError: none, or a damaged one."""
+    grids = sorted((folder / "samples").glob("*.png"))
+    if not grids:
+        raise UserError(f"{folder} has no grids in samples/: give the folder of an image script's run")
+    chosen = [grids[i] for i in sorted(set(np.linspace(0, len(grids) - 1, 60).round().astype(int).tolist()))]
+    frames = []
+    for file in chosen:
+        try:
+            grid, iteration = Image.open(file).convert("RGB"), int(file.stem)
+        except Exception as error:  # whatever a cut or foreign file makes Pillow raise
+            raise UserError(f"cannot read {file}: {reason(error)}; remove it") from None
+        frame = Image.new("RGB", (grid.width, grid.height + 24), "white")
+        frame.paste(grid, (0, 24))
+        ImageDraw.Draw(frame).text((6, 4), f"iteration {iteration:,}", "black", font_size=15)
+        frames.append(frame.quantize(128))
+    durations = [200] * (len(frames) - 1) + [2000]  # ms
+    write_atomically(out, lambda path: frames[0].save(path, "GIF", save_all=True, append_images=frames[1:],
+                                                      duration=durations, loop=0))
+
+
 def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, key: str = "fid") -> None:
-    """Draw a score of runs against iterations.
+    """Draw a score of runs against iterations, or show the grids of one run in motion.
 
     Args:
         runs: folders, each RUN or NAME=RUN; runs of one name become a line, their mean, in a band, their range
-        out: the picture: .png, .pdf or .svg
+        out: the picture: .png, .pdf or .svg; .gif: the grids of a single run, one after the other
         key: a score in metrics.jsonl: fid, kid_mean, is_mean, precision, recall
     """
     if not runs:
         raise UserError("give the folders of runs to draw")
+    if out.suffix == ".gif" and len(runs) == 1:
+        return film(expand(runs[0]), expand(str(out)))
     if out.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--out {out}: a picture's name ends in .png, .pdf or .svg")
+        raise UserError(f"--out {out}: a picture's name ends in .png, .pdf or .svg, of the grids of one run in .gif")
     from common.pictures import Figure  # Matplotlib, which takes a second
     groups: dict[str, list[dict[int, tuple]]] = {}  # name -> scores of its runs
     for argument in runs:

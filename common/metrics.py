@@ -22,9 +22,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
-from tqdm import tqdm
 
-from common import UserError, cache_folder, expand, reason, write_atomically
+from common import UserError, cache_folder, expand, progress, reason, write_atomically
 from common.datasets import download, process_zero_first
 from common.training import world
 
@@ -65,7 +64,7 @@ class Evaluator:
                 raise ValueError
         except (OSError, ValueError):  # not there, cut, or spoilt
             features = torch.empty(num_real, 2048)
-            for start in tqdm(range(0, num_real, 100), "features of real images", dynamic_ncols=True):
+            for start in progress(range(0, num_real, 100), "features of real images"):
                 batch = images[start : start + 100].to(self.device)
                 features[start : start + len(batch)] = self.features(batch)[0].cpu()
             contents = features.numpy().tobytes()  # NumPy itself would not say that a disk is full
@@ -96,7 +95,7 @@ class Evaluator:
         own_is = math.ceil(num_is / processes)
         drawn = max(own_fake, own_is)
         features, logits = [], []
-        for start in tqdm(range(0, drawn, batch_size), "scoring", leave=False, disable=rank > 0, dynamic_ncols=True):
+        for start in progress(range(0, drawn, batch_size), "scoring", leave=False, disable=rank > 0):
             if stop is not None and stop():
                 return None
             images = sample(min(batch_size, drawn - start)).to(self.device)

@@ -27,7 +27,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 VARIANTS = {"": "", "_ema": ", averaged G", "_uniform": ", z uniform"}  # a score's ending, and its title's
-COLUMNS = {"modes": "modes", "points": "points", "tv_true": "TV true *", "tv_diff": "TV diff *", "w1": "W1"}
+COLUMNS = {"modes": "modes", "points": "points", "w1": "Wasserstein-1"}  # of the table
 
 
 def summarize(records: list[dict], iterations: int, seconds: float) -> dict:
@@ -70,10 +70,7 @@ def table(methods: list[tuple[str, dict, Optional[list[tuple[float, float]]]]], 
     for row in rows:
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     lines.insert(1, "-" * len(lines[0]))
-    note = "* our definitions; the paper's two columns are not defined there and not comparable"
-    if not with_paper:
-        note = "* as in 2D; W1: the Wasserstein-1 distance between generated and real points"
-    return "\n".join([*lines, f"a run's figure is the mean of its last ten evaluations; {note}"])
+    return "\n".join([*lines, "mean ± deviation of the runs; a run's figure is the mean of its last ten evaluations"])
 
 
 def choose_panels(values: dict[str, np.ndarray], first_seed: int) -> list[tuple[str, np.ndarray]]:

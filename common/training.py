@@ -8,6 +8,7 @@ import copy
 import datetime
 import functools
 import io
+import logging
 import math
 import multiprocessing
 import os
@@ -74,6 +75,7 @@ def describe(device: torch.device) -> str:
 
 def compiles(device: torch.device) -> bool:
     """Whether torch.compile works here; if not, one line says why."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA compiler without a GPU
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         return True
@@ -296,10 +298,12 @@ def draw_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def due(every: int, iteration: int, iterations: int) -> bool:
+def due(every: int, iteration: int, iterations: int, early: bool = False) -> bool:
     """Whether what happens every `every` iterations, and after the last of `iterations`, happens at this one.
-    Never at iteration 0, before training; every = 0: never."""
-    return every > 0 and iteration > 0 and (iteration % every == 0 or iteration == iterations)
+    Never at iteration 0, before training; every = 0: never.
+    early: also at 1, 2, 4, 8, ..., so that a slow machine soon has something to look at."""
+    double = early and iteration < every and iteration & (iteration - 1) == 0
+    return every > 0 and iteration > 0 and (iteration % every == 0 or iteration == iterations or double)
 
 
 def scalars(values: dict[str, Tensor | float]) -> dict[str, Tensor]:
@@ -417,14 +421,15 @@ def open_run(args, file: Optional[pathlib.Path], default_name: str) -> contextli
     local = ("data_dir", "inception_weights")  # each machine may have its own
     if not agree([value for flag, value in vars(args).items() if flag not in local]):
         raise UserError("torchrun's processes have different flags: start all with the same command")
-    name = args.run_name or f"{default_name}__{args.seed}__{int(time.time())}"
+    name = args.run_name or common.run_name(default_name, args.seed)
     place = file.parent if file else expand(os.path.join(args.run_dir, name))
     rank, processes = world()
     if args.evaluate:
         return contextlib.nullcontext(place)
     if args.batch_size % processes or args.batch_size < 2 * processes:
+        fits = max(2, args.batch_size // processes) * processes
         raise UserError(f"--batch-size {args.batch_size} must be divisible by {processes} processes, with 2 images "
-                        "each")
+                        f"each: give --batch-size {fits}")
     if rank > 0:
         return contextlib.nullcontext(place)
     return run_folder(place, resume=file is not None, free_name=file is None and args.run_name is None)
@@ -446,9 +451,12 @@ def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional
             raise UserError(f"--iterations is {args.iterations}: --lr-schedule {args.lr_schedule} was begun for "
                             f"{planned}; leave --iterations out, or start a new run")
         if args.iterations < done:
-            raise UserError(f"--iterations is {args.iterations}: the run is already at {done}")
+            raise UserError(f"--iterations is {args.iterations}: the run is already at {done}; give more")
     if len(images) < args.batch_size:
-        raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}")
+        fits = len(images) // processes * processes
+        advice = f"give --batch-size {fits}" if fits >= 2 * processes else f"{2 * processes} are needed at least"
+        raise UserError(f"{args.data_dir} has {len(images)} images, too few for --batch-size {args.batch_size}: "
+                        f"{advice}")
     if args.compile:
         args.compile = compiles(device)
     if args.cuda_graph and device.type == "cuda" and processes > 1:
@@ -496,12 +504,16 @@ def begin_log(folder: pathlib.Path, args, images: Tensor, networks: dict[str, nn
 
 def summary_writer(folder: pathlib.Path, args, step: int, arguments: bool):
     """TensorBoard's writer of a run that begins, or goes on, at `step`. What a killed run has shown from there on is
-    dropped. arguments: write them as text, anew when a run goes on, since flags may have changed."""
+    dropped. arguments: write them as text, anew when a run goes on, since flags may have changed; and for HPARAMS."""
     from torch.utils.tensorboard import SummaryWriter  # a second to import
+    from torch.utils.tensorboard.summary import hparams
     earlier = sorted(folder.glob("events.out.tfevents.*"))
     writer = SummaryWriter(str(folder), purge_step=step)
     if arguments:
         writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in vars(args).items()), step)
+        plain = {name: value if isinstance(value, (bool, int, float)) else str(value)
+                 for name, value in vars(args).items()}
+        writer.file_writer.add_summary(hparams(plain, {})[1])  # of its summaries the one on this run
     writer.flush()  # the file is there
     if earlier and earlier[-1] == max(folder.glob("events.out.tfevents.*")):
         # TensorBoard reads files in the order of their names, which begin with the time; but the clock has gone back
@@ -517,8 +529,17 @@ def show_scores(writer, record: dict) -> None:
             writer.add_scalar(f"metrics/{name}", value, record["iteration"])
 
 
+def show_iterations(bar: tqdm, number: int = 1) -> None:
+    """Move the progress bar on. Its rate leaves out the first call's, for which PyTorch prepares much."""
+    first = bar.n == bar.initial
+    bar.update(number)
+    if first and not bar.disable:
+        bar.unpause()
+        bar.initial = bar.last_print_n = bar.n
+
+
 def images_per_second(bar: tqdm, batch_size: int) -> Optional[float]:
-    """The progress bar's rate. None: there is no bar, or no iteration since the start or a resume."""
+    """The progress bar's rate. None: there is no bar, or at most one iteration since the start or a resume."""
     if bar.disable or bar.n == bar.initial:
         return None
     state = bar.format_dict
@@ -527,15 +548,16 @@ def images_per_second(bar: tqdm, batch_size: int) -> Optional[float]:
 
 
 def print_end(folder: pathlib.Path, args, finished: bool) -> None:
-    """One line: the scores, and how to go on if a signal ended the run."""
+    """One line: the scores, the last grid, the command for images or, if a signal ended the run, to go on."""
     records = read_lines(folder / "metrics.jsonl")
     scores = "no scores" + (" yet" if args.eval_every else ", --eval-every 0")
     if records:
         scores = "FID {fid:.2f}, KID {kid_mean:.4f}, IS {is_mean:.2f} at iteration {iteration}".format(**records[-1])
+    grid = "".join(f"; to see: {path}" for path in sorted((folder / "samples").glob("*.png"))[-1:])
     if finished:
-        print(f"{folder}: {args.iterations} iterations, {scores}")
+        print(f"{folder}: {args.iterations} iterations, {scores}{grid}; images: {common.command('--generate', folder)}")
     else:
-        print(f"{folder}: stopped ({scores}); go on with --resume {quote(folder)}")
+        print(f"{folder}: stopped ({scores}){grid}; go on with {common.command('--resume', folder)}")
 
 
 # ----------------------------------------------------------------------------------- tensors in nested dictionaries

@@ -57,10 +57,11 @@ def test_stl10(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_mnist(tmp_path, packed):
+    """In the folder itself, or where torchvision puts it."""
     images = make_data.mnist(tmp_path)
     raw = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
     if packed:
-        raw.with_name(raw.name + ".gz").write_bytes(gzip.compress(raw.read_bytes()))
+        (tmp_path / f"{raw.name}.gz").write_bytes(gzip.compress(raw.read_bytes()))
         raw.unlink()
     loaded = datasets.load("mnist", tmp_path, 28)
     assert loaded.shape == (20, 1, 28, 28) and np.array_equal(loaded[:, 0].numpy(), images)
@@ -764,7 +765,7 @@ def test_downloads(tmp_path, monkeypatch, server, name):
     server.cut = 300
     with pytest.raises(UserError, match=f"cannot download .*{file}.*try again") as error:
         datasets.load(name, root, size)
-    assert "\n" not in str(error.value) and not list(root.rglob(file))
+    assert "\n" not in str(error.value) and not root.exists()  # nothing empty is left
     server.cut = None
     loaded = datasets.load(name, root, size).numpy()
     expected = images.transpose(0, 3, 1, 2) if name == "stl10" else images.reshape(loaded.shape)
@@ -780,7 +781,7 @@ def test_a_wrong_download(tmp_path, monkeypatch, server):
     server.files["/" + file] = b"<html>Please log in</html>"
     with pytest.raises(UserError, match="failed or cut off, 26 bytes came: File not found or corrupted"):
         datasets.load("cifar10", tmp_path / "data", 32)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [f".{file}.lock"]
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("name,size", [("cifar10", 32), ("stl10", 96), ("mnist", 28)])

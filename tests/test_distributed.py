@@ -113,7 +113,7 @@ def test_a_signal_to_one_ends_all(script, data, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     finish(processes, 143)
     assert before <= checkpoint(tmp_path / "r")["iteration"] < 100000
-    assert "go on with --resume" in processes[0].read("out") and not processes[1].read("out")
+    assert "--resume" in processes[0].read("out") and not processes[1].read("out")
 
 
 def torchrun(*command):
@@ -144,7 +144,7 @@ def test_slurms_signal(script, data, tmp_path):
     wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), process)
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=120)
-    assert "go on with --resume" in out
+    assert "--resume" in out
     run(script, "--resume", tmp_path / "r", "--iterations", checkpoint(tmp_path / "r")["iteration"] + 1)
 
 
@@ -260,7 +260,7 @@ def test_an_error_of_the_first(script, data, tmp_path):
 def test_an_error_of_all(script, data, tmp_path):
     """A wrong command, and one that cannot be split: one process of them says so."""
     for flags, message in ((["--iterations", "x"], "Error parsing --iterations"), (["--seed", -1], "--seed is -1"),
-                           (["--batch-size", 8], "--batch-size 8 must be divisible by 3 processes")):
+                           (["--batch-size", 8], "divisible by 3 processes, with 2 images each: give --batch-size 6")):
         err = "".join(finish(start_together(3, script, *arguments(data, tmp_path, "r"), *flags), 2))
         assert err.count(message) == 1 and "Traceback" not in err and not (tmp_path / "r").exists()
 

@@ -310,6 +310,21 @@ def test_the_figure_as_a_program(tmp_path):
     assert picture.size == (900, 600) and round(picture.info["dpi"][0]) == 150
 
 
+def test_grids_in_motion(tmp_path):
+    """At most sixty of a run's grids in the order of their iterations, the first and the last among them."""
+    (tmp_path / "a/samples").mkdir(parents=True)
+    for iteration in range(100):
+        Image.new("RGB", (600, 600), (2 * iteration, 0, 0)).save(tmp_path / f"a/samples/{iteration:08d}.png")
+    figure.draw([str(tmp_path / "a")], tmp_path / "x.gif")
+    video = Image.open(tmp_path / "x.gif")
+    reds = []
+    for frame in range(video.n_frames):
+        video.seek(frame)
+        reds.append(video.convert("RGB").getpixel((300, 300))[0])
+    assert video.size == (600, 624) and len(reds) == 60 and sorted(reds) == reds
+    assert reds[0] <= 4 and abs(reds[-1] - 198) <= 4
+
+
 def test_what_the_figure_shows(tmp_path, monkeypatch):
     """Runs of one name as their mean and range over the iterations that all have; a name from the folder's."""
     import matplotlib.axes
@@ -334,12 +349,16 @@ def test_what_the_figure_shows(tmp_path, monkeypatch):
     ([], "x.png", "fid", "give the folders"), (["a"], "nowhere/x.png", "fid", "cannot write nowhere/x.png"),
     (["cut"], "x.png", "fid", "cut has no scores"), (["damaged"], "x.png", "fid", "damaged in line 1"),
     (["~nosuchuser/a"], "x.png", "fid", "no such home"), (["a"], "~nosuchuser/x.png", "fid", "no such home"),
-    (["G=a", "G=b"], "x.png", "fid", "the runs of G have no scored iteration in common")])
+    (["G=a", "G=b"], "x.png", "fid", "the runs of G have no scored iteration in common"),
+    (["a"], "x.gif", "fid", "a has no grids"), (["a", "b"], "x.gif", "fid", "of one run in .gif"),
+    (["cut"], "x.gif", "fid", "cannot read cut/samples/00000007.png.*remove it")])
 def test_figures_that_cannot_be_drawn(tmp_path, monkeypatch, runs, out, key, words):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a", {100: 50.0})
     make_run(tmp_path / "b", {200: 50.0})
     (make_run(tmp_path / "cut", {}) / "metrics.jsonl").write_text('{"iteration": 1, "fi')
+    (tmp_path / "cut/samples").mkdir()
+    (tmp_path / "cut/samples/00000007.png").write_bytes(b"no picture")
     (make_run(tmp_path / "damaged", {}) / "metrics.jsonl").write_text('{"iteration": 1, "fi\n{"iteration": 2}\n')
     with pytest.raises(UserError, match=words) as error:
         figure.draw(runs, pathlib.Path(out), key)

@@ -23,6 +23,7 @@ from launcher import ROOT, Process, run, wait_for
 from make_runs import arguments, checkpoint, events, photos, same_checkpoints, scalars
 from PIL import Image
 from steps import CPU, TINY, noise
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import common
 from common import UserError, datasets, training
@@ -79,31 +80,38 @@ def test_the_run_folder(script, data, inception, tmp_path):
     assert line["iteration"] == 4 and line["fid"] > 0 and line["is_mean"] > 0.999 and line["images_per_second"] > 0
     assert {p.name for p in folder.iterdir() if "tfevents" not in p.name} == {
         ".lock", "args.json", "checkpoint.pt", "generator.pt", "metrics.jsonl", "samples"}
-    assert sorted(p.name for p in (folder / "samples").iterdir()) == ["00000002.png", "00000004.png"]
-    grid = np.asarray(Image.open(folder / "samples/00000004.png"))
-    assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3) and grid.std() > 1
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"0000000{i}.png" for i in (0, 1, 2, 4)]
+    grid = np.asarray(Image.open(folder / "samples/00000004.png"))  # each pixel is three wide and high
+    assert grid.shape == (3 * (8 * 34 + 2), 3 * (8 * 34 + 2), 3) and grid.std() > 1
+    assert np.array_equal(grid, grid[::3, ::3].repeat(3, 0).repeat(3, 1))
 
     start, *_, last = out.splitlines()
     for text in (f"{folder}: folder, 12 images of 32x32, on the CPU", "parameters: generator ", "discriminator ",
                  f"tensorboard --logdir {folder}"):
         assert text in start
     assert last == (f"{folder}: 4 iterations, FID {line['fid']:.2f}, KID {line['kid_mean']:.4f}, "
-                    f"IS {line['is_mean']:.2f} at iteration 4")
+                    f"IS {line['is_mean']:.2f} at iteration 4; to see: {folder}/samples/00000004.png; "
+                    f"images: python {ROOT / script.SCRIPT}.py --generate {folder}")
     assert "FID of 12 real images is biased" in err and "look at KID" in err
     assert "4/4" in err and "it/s" in err and re.search(r"generator=-?[\d.e-]+", err)
+    assert "\r" not in err and all(err.splitlines())  # a log has lines
 
     board = events(folder)
     every = ["losses/discriminator", "losses/generator", "losses/score_real", "losses/score_fake",
              "charts/images_per_second", "charts/learning_rate"]
     for tag in every:
-        assert [e.step for e in board.Scalars(tag)] == [2, 4], tag
+        assert [e.step for e in board.Scalars(tag)] == ([2, 4] if "second" in tag else [1, 2, 4]), tag
         assert all(math.isfinite(e.value) for e in board.Scalars(tag))
     assert not any(tag.startswith("metrics/num") for tag in board.Tags()["scalars"])
     for name in ("fid", "kid_mean", "is_mean", "precision", "recall"):
         (event,) = board.Scalars(f"metrics/{name}")
         assert event.step == 4 and event.value == pytest.approx(line[name], rel=1e-5)
-    assert [e.step for e in board.Images("images/samples")] == [2, 4]
+    assert [e.step for e in board.Images("images/samples")] == [0, 1, 2, 4]
     assert [e.step for e in board.Images("images/real")] == [0]
+    content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    flags = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert flags["lr"].number_value == 0.01 and flags["dataset"].string_value == "folder"
+    assert set(flags) == set(setting["args"])
     text = board.Tensors("arguments/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "    lr = 0.01\n" in text and "    dataset = folder\n" in text
 
@@ -124,7 +132,8 @@ def test_generating(script, straight, tmp_path):
     assert array.shape == (11, 32, 32, 3) and array.dtype == np.uint8 and names[-1] == "000010.png"
     assert np.array_equal(array, np.stack([np.asarray(Image.open(tmp_path / "png" / n)) for n in names]))
     grid = np.asarray(Image.open(tmp_path / "new/grid.png"))
-    assert grid.shape == (4 * 34 + 2, 3 * 34 + 2, 3) and np.array_equal(grid[2:34, 36:68], array[1])
+    assert grid.shape == (6 * (4 * 34 + 2), 6 * (3 * 34 + 2), 3)  # each pixel is six wide and high
+    assert np.array_equal(grid[::6, ::6][2:34, 36:68], array[1])
     assert not np.array_equal(np.load(tmp_path / "y.npy"), array)
     saved = torch.load(straight / "generator.pt", weights_only=True)
     assert saved["iteration"] == TOTAL and {k.split(".")[0] for k in saved["networks"]} == {"generator_ema"}
@@ -197,7 +206,10 @@ def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_pa
         process.send_signal(number)
         out, err = process.communicate()
         assert process.returncode == 128 + number and "Traceback" not in err, err
-        flag, path = shlex.split(out.splitlines()[-1].split("go on with ")[1])
+        iteration = checkpoint(tmp_path / "my runs/r")["iteration"]
+        assert (tmp_path / f"my runs/r/samples/{iteration:08d}.png").exists()
+        _, file, flag, path = shlex.split(out.splitlines()[-1].split("go on with ")[1])
+        assert file == str(ROOT / script.SCRIPT) + ".py"
         process = Process(script, flag, path)
     assert 0 < checkpoint(tmp_path / "my runs/r")["iteration"] < TOTAL
     _, err = process.communicate()
@@ -363,7 +375,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(script, data, tmp_path):
 def test_a_full_disk_that_tensorboard_meets(script, data, tmp_path):
     """One line, though its thread fails first."""
     run(script, *arguments(data, tmp_path, "r", "--iterations", 2, *constant(script)))
-    picture, = (tmp_path / "r/samples").iterdir()  # shown again when the run goes on
+    picture = tmp_path / "r/samples/00000002.png"  # shown again when the run goes on
     _, err = run(script, "--resume", tmp_path / "r", "--iterations", 4, status=2,
                  file_limit=picture.stat().st_size // 2)
     folder = tmp_path / "r"
@@ -371,7 +383,7 @@ def test_a_full_disk_that_tensorboard_meets(script, data, tmp_path):
                                     f"go on with --resume {folder}")
     assert "Traceback" not in err
     run(script, "--resume", folder, "--iterations", 4)
-    assert [e.step for e in events(folder).Images("images/samples")] == [2, 4]
+    assert [e.step for e in events(folder).Images("images/samples")] == [0, 1, 2, 4]
 
 
 @each()
@@ -634,7 +646,7 @@ def test_values_out_of_range(script, flag, value):
 def test_errors_are_one_line(script, data, tmp_path):
     """What only a run can tell, and no run folder left behind."""
     cases = [(["--lr is -1.0: it must be in (0, inf)"], ["--lr", "-1"]),
-             (["40 images", "--batch-size 64"], ["--batch-size", 64]),
+             (["40 images", "--batch-size 64: give --batch-size 40"], ["--batch-size", 64]),
              (["nowhere", "--data-dir"], ["--data-dir", "nowhere"]),
              (["/proc/nowhere", "--run-dir"], ["--run-dir", "/proc/nowhere"]),
              (["File name too long", "--run-dir"], ["--run-name", 300 * "x"]),
