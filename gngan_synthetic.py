@@ -943,7 +943,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 train_shares.send(sent[-1], stop)
                 sent.append(stop)
             state = join_shares(train_shares.receive(), args.num_seeds)
-            training.show_iterations(bar, sent[1] - iteration)
+            training.show_iterations(bar, iteration == start, number=sent[1] - iteration)
             sent, iteration = sent[1:], sent[1]
             passed = time.perf_counter() - since[1]
             if passed > 0.5:
@@ -1077,7 +1077,7 @@ def report(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> str:
         shown = shown_variant(args)
         figures.append(f"{title}{pictures.VARIANTS[shown]}: {result['modes' + shown]['mean']:.2f} modes, "
                        f"{result['points' + shown]['mean']:.1f} points")
-    return ", ".join(figures + ends)
+    return "; ".join(figures + ends)
 
 
 def main() -> int:

@@ -722,7 +722,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
                 return iteration == args.iterations
             rng.manual_seed(draw_seed(args.seed, iteration))
             losses = train_step(get_batch(images, args, iteration, device))
-            training.show_iterations(bar)
+            training.show_iterations(bar, first=iteration == start)
 
 
 # -------------------------------------------------------------------- arguments and files

@@ -241,16 +241,17 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
 
 
 def command_line(cls: type, argv: Optional[list[str]], description: str = "", **given) -> object:
-    """The command line as tyro reads it; no flag is said to take None. Before its help the description, which tyro
-    would not wrap to the terminal."""
-    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+    """The command line as tyro reads it. Its help begins with the description, which tyro would not wrap to the
+    terminal, and shows {None}|INT as INT: None, which asks for a flag's default at --resume, is for those who know."""
+    asked = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
+    if asked:
         columns = shutil.get_terminal_size().columns - 1
         for line in re.sub(r"(?<=\S)\n(?=\S)|  +(?=#)", " ", description).splitlines():  # paragraphs as one line each
             margin = re.match(" *", line)[0]
             command = line.lstrip().startswith("python ")  # which the terminal breaks, so that it can be copied
             print(line if command else textwrap.fill(line, columns, subsequent_indent=2 * margin))
         print()
-    return tyro.cli(cls, args=argv, description="", config=(tyro.conf.DisallowNone,), **given)
+    return tyro.cli(cls, args=argv, description="", config=(tyro.conf.DisallowNone,) if asked else (), **given)
 
 
 OF_ONE_CALL = ("resume", "evaluate", "generate", "num_images", "out")  # flags that say what to do, not what a run is
@@ -418,8 +419,9 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
                 try:
                     yield place
                 except OSError as error:  # a full disk, of which TensorBoard and pictures do not say more
-                    advice = f"; go on with --resume {quote(place)}" if (place / "checkpoint.pt").exists() else ""
-                    raise UserError(f"{reason(error)}, in the run of {place}{advice}") from None
+                    begun = (place / "checkpoint.pt").exists()
+                    advice = f"go on with --resume {quote(place)}" if begun else "make room, or give another --run-dir"
+                    raise UserError(f"{reason(error)}, in the run of {place}; {advice}") from None
                 finally:
                     remove_unused(new, place / ".lock")
                 return

@@ -529,9 +529,8 @@ def show_scores(writer, record: dict) -> None:
             writer.add_scalar(f"metrics/{name}", value, record["iteration"])
 
 
-def show_iterations(bar: tqdm, number: int = 1) -> None:
+def show_iterations(bar: tqdm, first: bool, number: int = 1) -> None:
     """Move the progress bar on. Its rate leaves out the first call's, for which PyTorch prepares much."""
-    first = bar.n == bar.initial
     bar.update(number)
     if first and not bar.disable:
         bar.unpause()

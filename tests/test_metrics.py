@@ -244,6 +244,7 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
             metrics.Evaluator(images(4), 4, None, "cpu")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     file = tmp_path / "hub/checkpoints/weights.pth"
+    file.parent.mkdir(parents=True)
     file.write_bytes(b"still being copied")
     with pytest.raises(UserError, match="is not torch-fidelity's Inception weights.*if it was downloaded, remove it"):
         metrics.Evaluator(images(4), 4, None, "cpu")
