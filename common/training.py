@@ -531,9 +531,10 @@ def show_scores(writer, record: dict) -> None:
 
 def show_iterations(bar: tqdm, first: bool, number: int = 1) -> None:
     """Move the progress bar on. Its rate leaves out the first call's, for which PyTorch prepares much."""
+    if first:
+        bar.unpause()  # before it is drawn
     bar.update(number)
-    if first and not bar.disable:
-        bar.unpause()
+    if first:
         bar.initial = bar.last_print_n = bar.n
 
 
