@@ -144,7 +144,7 @@ class Args:
     # logging
     log_every: int = 100
     """Iterations between lines in TensorBoard, and at 1, 2, 4, 8, ...; 0: none."""
-    sample_every: int = 5000
+    sample_every: int = 1000
     """Iterations between grids of samples, and at 0, 1, 2, 4, 8, ... and the end; 0: none."""
     eval_every: int = 10000
     """Iterations between scores (FID and others), and at the end.

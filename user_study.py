@@ -296,7 +296,8 @@ body { margin: 0; background: var(--page); color: var(--text); font: 1.0625rem/1
 main { max-width: 62rem; margin: 0 auto; padding: 1.25rem 1rem 2.5rem } .text { max-width: 38rem; padding-top: 12vh }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem } p { margin: 0 0 1rem } details { color: var(--soft) }
 .progress { display: flex; gap: .8rem; color: var(--soft); margin-bottom: 1rem } progress { flex: 1; height: 1.5rem }
-fieldset { border: 0; margin: 0 -5px 1.5rem; padding: 0; min-width: 0; text-wrap: balance } /* rows alike in length */
+fieldset { border: 0; margin: 0 -5px 1.5rem; padding: 0; min-width: 0; font-size: 0; /* no spaces between images */
+           text-wrap: balance } /* rows alike in length */
 legend, [formmethod] { position: absolute; clip-path: inset(50%) } svg { height: 1.2rem; fill: currentColor }
 .image { position: relative; display: inline-block; vertical-align: top; margin: 5px; width: {{ width }}px;
          max-width: calc(100% - 10px); border-radius: 8px; background: var(--card); box-shadow: 0 0 0 1px var(--line) }

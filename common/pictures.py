@@ -70,7 +70,8 @@ def table(methods: list[tuple[str, dict, Optional[list[tuple[float, float]]]]], 
     for row in rows:
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "means and deviations of the runs; a run's figure is the mean of its last ten evaluations"])
+    note = "means and deviations of the runs; a run's figure is the mean of its last ten evaluations"
+    return "\n".join([*lines, note])
 
 
 def choose_panels(values: dict[str, np.ndarray], first_seed: int) -> list[tuple[str, np.ndarray]]:

@@ -601,6 +601,7 @@ def test_tally(tmp_path, capsys, monkeypatch):
         marked = [fake for p in people for name, _, fake in p.sent if name == method]
         assert float(row["share"]) == np.mean(marked) and row["votes"] == str(len(marked)) == "100"
         assert float(row["low"]) <= float(row["share"]) <= float(row["high"])
+        assert max(len(row[key]) for key in ("share", "low", "high", "paper_mnist", "paper_celeba")) <= len("0.1234")
         assert f"{100 * np.mean(marked):.1f}%" in line and line.split()[-2:] == [
             f"{p:.1f}%" for p in user_study.PAPER[method]]
     assert rows[4]["share"] == "" and lines[5].split()[-2:] == ["45.5%", "76.6%"]
@@ -705,6 +706,8 @@ def test_browser(tmp_path, browser, width):
             page = Page(browser.page_source.replace("&amp;", "&"))
             boxes = find("input[type=checkbox]")
             assert len(boxes) == 9 and browser.execute_script("return document.documentElement.scrollWidth") <= width
+            rows = collections.Counter(image.location["y"] for image in find(".image"))
+            assert list(rows.values()) == ([5, 4] if width > 1000 else [3, 3, 3])  # no image stands alone
             image = find("img")[0]
             assert image.value_of_css_property("image-rendering") == "pixelated" and image.size["width"] == 112
             assert boxes[3].accessible_name.startswith("image 4 of 9") and boxes[3].aria_role == "checkbox"
