@@ -11,8 +11,8 @@ things make this script fast. Seeds train at once: each loss is written for one 
 torch.vmap runs it over all of them. One iteration, with its gradients and Adam steps, is one
 function that torch.compile turns into one graph. Each core trains a share of the seeds.
 
-A method of your own: its losses, and a line in METHODS. What to expect: docs/synthetic.md. In brackets
-behind a flag: where its default comes from.
+A method of your own: its losses, and a line in METHODS. What to expect: docs/synthetic.md.
+In brackets behind a flag: where its default comes from.
 """
 from __future__ import annotations
 
@@ -562,7 +562,7 @@ class Method:
     title: str
     # in the order of updates, by what is trained: encoder, generator, discriminator, autoencoder (E and G)
     objectives: dict[str, Callable[..., Result]]
-    paper: Optional[list[tuple[float, float]]] = None  # table 2: modes, points, TV true, TV diff
+    paper: Optional[list[tuple[float, float]]] = None  # table 2: modes, points
     critic_steps: tuple[int, int] = (1, 1)  # default of --critic-steps in 2D, in 1D
     label_smoothing: float = 0.0  # default of --label-smoothing
     prior: Optional[Prior] = None  # of z in training and sampling, instead of the problem's
@@ -579,38 +579,38 @@ class Method:
 METHODS = {
     "gan": Method(
         "GAN", {"discriminator": gan_discriminator, "generator": gan_generator},
-        paper=[(14.25, 2.49), (1013.38, 171.73), (1.00, 0.00), (0.90, 0.22)],
+        paper=[(14.25, 2.49), (1013.38, 171.73)],
         critic_steps=(2, 2), label_smoothing=0.1),
     "ali": Method(
         "ALI", {"discriminator": ali_discriminator, "autoencoder": ali_autoencoder},
-        paper=[(17.81, 1.80), (1281.43, 117.84), (0.99, 0.01), (0.72, 0.19)],
+        paper=[(17.81, 1.80), (1281.43, 117.84)],
         critic_steps=(5, 5), stochastic_encoder=True, judges_pairs=True),
     "vaegan": Method(
         "VAE-GAN",
         {"encoder": vaegan_encoder, "generator": vaegan_generator, "discriminator": vaegan_discriminator},
-        paper=[(12.75, 3.20), (1042.38, 170.17), (1.35, 0.70), (1.34, 0.98)],
+        paper=[(12.75, 3.20), (1042.38, 170.17)],
         prior=normal, stochastic_encoder=True),
     "vae": Method(
         "VAE", {"autoencoder": vae_autoencoder},
-        paper=[(13.48, 2.31), (1265.45, 72.47), (1.81, 0.71), (2.16, 0.72)],
+        paper=[(13.48, 2.31), (1265.45, 72.47)],
         prior=normal, stochastic_encoder=True),
     "betavae": Method(
         "β-VAE", {"autoencoder": vae_autoencoder},
-        paper=[(18.00, 2.33), (1321.17, 95.61), (1.17, 0.24), (1.47, 0.28)],
+        paper=[(18.00, 2.33), (1321.17, 95.61)],
         prior=normal, stochastic_encoder=True),
     "wgangp": Method(
         "WGAN-GP", {"discriminator": wgangp_discriminator, "generator": wgangp_generator},
-        paper=[(21.71, 1.35), (1180.25, 158.63), (0.90, 0.07), (0.51, 0.06)],
+        paper=[(21.71, 1.35), (1180.25, 158.63)],
         critic_steps=(5, 3), critic=True),
     "distgan": Method(
         "Dist-GAN", {"autoencoder": distgan_autoencoder, "discriminator": reconstructing_discriminator,
                      "generator": distgan_generator},
-        paper=[(20.71, 4.42), (1188.62, 311.91), (0.82, 0.19), (0.43, 0.12)],
+        paper=[(20.71, 4.42), (1188.62, 311.91)],
         critic_steps=(5, 3)),
     "gngan": Method(
         "GN-GAN", {"autoencoder": gngan_autoencoder, "discriminator": reconstructing_discriminator,
                    "generator": gngan_generator},
-        paper=[(24.39, 0.44), (1461.83, 222.86), (0.57, 0.17), (0.31, 0.12)]),
+        paper=[(24.39, 0.44), (1461.83, 222.86)]),
 }
 MethodName = Literal[*METHODS, "all"]  # the choices of --method
 
@@ -930,9 +930,11 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 shown = shown_variant(args)
                 bar.set_postfix(modes=f"{np.mean(scores['modes' + shown]):.1f}",
                                 points=f"{np.mean(scores['points' + shown]):.0f}", refresh=False)
-                if due(args.epochs, epoch, args.epochs, early=True) and epoch < args.epochs:
+                if args.dim == 2 and epoch < args.epochs and due(args.epochs, epoch, args.epochs, early=True):
                     model = {"iteration": iteration, "networks": networks, "frames": frames}
-                    draw_pictures(args, folder, {args.method: model})
+                    draw_pictures(args, folder, {args.method: model})  # something to look at soon
+                    bar.unpause()  # the rate is of training alone
+                    since = iteration, time.perf_counter()
 
             # Train in blocks, which end with an epoch. Four are sent ahead, so that no process waits
             # for another that is slower for a moment. A signal waits for one, about half a second.
@@ -1058,7 +1060,7 @@ def report(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> str:
             records.setdefault(line["method"], []).append(line)
     ends = [f"{METHODS[name].title} diverged at {model['diverged']}" for name, model in diverged.items()]
     if not records:
-        return ", ".join(ends) or "no evaluation yet"
+        return "; ".join(ends) or "no evaluation yet"
 
     results = {}
     for name, lines in records.items():
@@ -1129,7 +1131,8 @@ def main() -> int:
 
     ended = [model for model in models.values() if "diverged" in model or model["iteration"] == total]
     picture = folder / ("samples.png" if args.dim == 2 else "training.gif")
-    seen = f"; to see: {picture}" if picture.exists() else ""
+    drawn = picture.exists() and any("networks" in model for model in models.values())
+    seen = f"; to see: {common.quote(picture)}" if drawn else ""
     if len(ended) == len(methods):
         print(f"{folder}: {summary}{seen}")
         return 0 if any("networks" in model for model in ended) else 2

@@ -53,7 +53,7 @@ class Args:
     """What to train on. folder: images of your own, cut to squares and resized to --image-size."""
     data_dir: str = "data"
     """Where data sets are kept and downloaded to.
-    With --dataset folder: the images' directory, with those in it, or their .zip."""
+    With --dataset folder: the directory of the images, which may have subfolders, or their .zip."""
     width: float = 1.0
     """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
     iterations: Optional[int] = None
@@ -143,9 +143,9 @@ class Args:
 
     # logging
     log_every: int = 100
-    """Iterations between lines in TensorBoard, and at 1, 2, 4, 8, ...; 0: none."""
+    """Iterations between lines in TensorBoard; before the first also at 1, 2, 4, 8, ...; 0: none."""
     sample_every: int = 1000
-    """Iterations between grids of samples, and at 0, 1, 2, 4, 8, ... and the end; 0: none."""
+    """Iterations between grids of samples; before the first also at 0, 1, 2, 4, 8, ...; 0: none."""
     eval_every: int = 10000
     """Iterations between scores (FID and others), and at the end.
     0: none, and no Inception weights needed."""
@@ -657,8 +657,8 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
         trained = {name: networks[name] for name in optimizers}
         writer = training.begin_log(folder, args, images, trained, device, checkpoint)
         if start == 0:
-            real = datasets.make_picture(get_batch(images, args, 0, device)[:64])
-            writer.add_image("images/real", np.asarray(real), dataformats="HWC")
+            real = datasets.encode_grid(get_batch(images, args, 0, device)[:64])
+            training.show_picture(writer, "images/real", real, 0)
     bar = common.progress(total=args.iterations, initial=start, desc=SCRIPT, unit="it",
                           disable=not main_process, postfix="compiling" if args.compile else None)
 
@@ -666,9 +666,9 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
         for iteration in range(start, args.iterations + 1):
             last = iteration == args.iterations or training.stopping(signals)
             log = due(args.log_every, iteration, args.iterations, early=True)
-            sample = due(args.sample_every, iteration, args.iterations, early=True)
-            sample = sample or args.sample_every > 0 and (last or iteration == 0)
             evaluate = evaluator is not None and due(args.eval_every, iteration, args.iterations)
+            sample = due(args.sample_every, iteration, args.iterations, early=True)
+            sample = sample or args.sample_every > 0 and (evaluate or last or iteration == 0)
             save = due(args.checkpoint_every, iteration, args.iterations)
             save = save or evaluate or last or iteration == 0
             # what a resumed run shows of its first iteration, `begin_log` has shown
@@ -692,9 +692,8 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
 
             # Samples
             if unwritten and sample:
-                grid = datasets.make_picture(sample_images(networks[sampled], fixed_noise))
-                grid.save(folder / f"samples/{iteration:08d}.png")
-                writer.add_image("images/samples", np.asarray(grid), iteration, dataformats="HWC")
+                grid = datasets.encode_grid(sample_images(networks[sampled], fixed_noise))
+                training.show_grid(writer, folder, grid, iteration)
 
             # Checkpoint
             if unwritten and save:

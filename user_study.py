@@ -57,7 +57,7 @@ class Args:
     """Real images: mnist, cifar10, celeba, stl10, or a folder, .zip, .npy or idx3 file.
     All but mnist, cifar10, .npy and idx3 are resized to the fake images' size."""
     fake: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=SOURCE, once for each method. SOURCE: what --generate wrote, or anything that --real takes.
+    """NAME=SOURCE, once for each method. SOURCE: a folder or .npy that --generate wrote, or what --real takes.
     The table has the paper's figures for the names dcgan, "mmgan rbf", "mmgan exp" and "mmgan no rg"."""
     data_dir: str = "data"
     """Where data sets are kept and downloaded to."""
@@ -101,7 +101,6 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
         return datasets.load(name, root, image_size).numpy().transpose(0, 2, 3, 1)
 
     path = expand(source)
-    advice = f"give a folder, .zip, .npy or idx3 file, or one of {', '.join(DATASETS)}"
     if source in ("celeba", "stl10"):
         return load(source, data_dir, image_size=size or DATASETS[source])
     if source in DATASETS:
@@ -110,10 +109,7 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
         if any(folder.glob("train-images-idx3-ubyte*")):
             return load("mnist", folder, image_size=28)
     if path.is_dir() or zipfile.is_zipfile(path):
-        try:
-            return load("folder", path, image_size=size or first_size(path))
-        except UserError as error:
-            raise UserError(f"{error}; {advice}") from None
+        return load("folder", path, image_size=size or first_size(path))
     try:
         if path.suffix == ".npy":
             images = np.load(path)
@@ -127,7 +123,8 @@ def open_images(source: str, data_dir: str, size: Optional[int] = None) -> np.nd
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
             raise ValueError(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 1 or 3]")
     except Exception as error:  # whatever a cut or foreign file makes NumPy raise
-        raise UserError(f"cannot read {source}: {reason(error)}; {advice}") from None
+        raise UserError(f"cannot read {source}: {reason(error)}; "
+                        f"give a folder, .zip, .npy or idx3 file, or one of {', '.join(DATASETS)}") from None
     return images
 
 

@@ -11,6 +11,7 @@ import fcntl
 import gc
 import itertools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -167,24 +168,29 @@ class Output:
 
 
 class Lines:
-    """What a progress bar writes, as lines of a log."""
+    """What a progress bar writes, as lines of a log: the first, one now and then, the last."""
+
+    def __init__(self):
+        self.text, self.shown = "", -math.inf
 
     def write(self, text: str) -> None:
-        if text.strip():  # neither the bar's \r nor its last \n
-            print(text.strip(), file=sys.stderr)
+        if text.strip():
+            self.text = text.strip()
+        if self.text and (text == "\n" or time.monotonic() > self.shown + LOG_SECONDS):  # a bar ends by this \n
+            print(self.text, file=sys.stderr)
+            self.text, self.shown = "", time.monotonic()
 
     def flush(self) -> None:
         sys.stderr.flush()
 
 
-LOG_SECONDS = 30.0  # between a progress bar's lines in a log
+LOG_SECONDS = 30.0
 
 
 def progress(*given, **named) -> tqdm:
-    """A progress bar in a terminal; in a log, a line now and then."""
-    if sys.stderr.isatty():
-        return tqdm(*given, mininterval=0.5, dynamic_ncols=True, **named)
-    return tqdm(*given, mininterval=LOG_SECONDS, maxinterval=LOG_SECONDS, file=Lines(), ascii=True, **named)
+    """A progress bar; in a log, a line now and then."""
+    where = dict(dynamic_ncols=True) if sys.stderr.isatty() else dict(file=Lines(), ascii=True, position=0)
+    return tqdm(*given, mininterval=0.5, **where, **named)
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -340,42 +346,46 @@ def cache_folder() -> pathlib.Path:
 
 @contextlib.contextmanager
 def lock(file: pathlib.Path, wait: float) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which is made and stays, within the context.
+    """Hold an exclusive lock on a file, which is made with its folder, within the context.
 
     On NFS it holds between machines too. A file system may have no locks: then nobody waits. The system lets go of a
     lock when the process ends, however it ends.
-    Raises BlockingIOError: another process has it for `wait` seconds from now, or had it and has removed it; OSError:
-    no such file can be made.
+    Raises BlockingIOError: another process has it for `wait` seconds from now, or, without a wait, had it and has
+    removed it; OSError: no such file can be made.
     """
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # a file: NFS has no locks of folders
-    except PermissionError:
-        if not file.exists():
-            raise
-        descriptor = os.open(file, os.O_RDONLY)  # another user's: enough where it is not NFS
-    try:
-        with contextlib.suppress(OSError):  # several users may share a data folder; only its owner may do this
-            os.fchmod(descriptor, 0o666)
-        begin, told = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.monotonic() - begin
-                if waited >= wait:
-                    raise
-                if waited > 1 and not told:
-                    print(f"waiting for another process, which has {file}", file=sys.stderr)
-                    told = True
-                time.sleep(0.1)
-            except OSError:
-                break  # a file system without locks
-        if not wait and not (file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file))):
-            raise BlockingIOError  # who had it has removed it
-        yield
-    finally:
-        os.close(descriptor)
+    begin, told = time.monotonic(), False
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # a file: NFS has no locks of folders
+        except PermissionError:
+            if not file.exists():
+                raise
+            descriptor = os.open(file, os.O_RDONLY)  # another user's: enough where it is not NFS
+        try:
+            with contextlib.suppress(OSError):  # several users may share a data folder; only its owner may do this
+                os.fchmod(descriptor, 0o666)
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    waited = time.monotonic() - begin
+                    if waited >= wait:
+                        raise
+                    if waited > 1 and not told:
+                        print(f"waiting for another process, which has {file}", file=sys.stderr)
+                        told = True
+                    time.sleep(0.1)
+                except OSError:
+                    break  # a file system without locks
+            if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                yield
+                return
+            if not wait:
+                raise BlockingIOError  # who had it has removed it
+        finally:
+            os.close(descriptor)
 
 
 def missing_folders(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -406,7 +416,6 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
         with contextlib.ExitStack() as held:
             try:
                 new = missing_folders(place)
-                place.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock(place / ".lock", wait=0))
             except BlockingIOError:
                 problem = f"another process is training in {place}"
@@ -420,7 +429,7 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
                     yield place
                 except OSError as error:  # a full disk, of which TensorBoard and pictures do not say more
                     begun = (place / "checkpoint.pt").exists()
-                    advice = f"go on with --resume {quote(place)}" if begun else "make room, or give another --run-dir"
+                    advice = f"go on with --resume {quote(place)}" if begun else "give another --run-dir"
                     raise UserError(f"{reason(error)}, in the run of {place}; {advice}") from None
                 finally:
                     remove_unused(new, place / ".lock")
@@ -450,8 +459,9 @@ def quote(path: str | os.PathLike) -> str:
 
 
 def command(flag: str, path: pathlib.Path) -> str:
-    """This program's command line with one flag."""
-    return f"python {quote(sys.argv[0])} {flag} {quote(path)}"
+    """This program's command line with one flag; under torchrun, which has flags of its own, the flag alone."""
+    program = f"python {quote(sys.argv[0])} " if started() == 1 else ""
+    return f"{program}{flag} {quote(path)}"
 
 
 def run_name(what: str, seed: int) -> str:

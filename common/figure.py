@@ -20,10 +20,10 @@ from common import UserError, expand, read_lines, reason, run, write_atomically
 COMPARED = ("fid", "kid_mean", "kid_std", "precision", "recall")  # scores of real and generated images
 
 
-def read_scores(folder: str, key: str) -> dict[int, tuple[float, tuple]]:
+def read_scores(folder: pathlib.Path, key: str) -> dict[int, tuple[float, tuple]]:
     """Iteration -> score, and the numbers of images that it was made with, of a run folder.
     Raises UserError: no scores, no such `key`, a damaged file."""
-    path = expand(folder) / "metrics.jsonl"
+    path = folder / "metrics.jsonl"
     names = ("num_is",) if key.startswith("is_") else ("num_real", "num_fake") if key in COMPARED else ()
     try:
         records = [record for record in read_lines(path) if record[key] is not None]
@@ -51,10 +51,18 @@ def film(folder: pathlib.Path, out: pathlib.Path) -> None:
         frame = Image.new("RGB", (grid.width, grid.height + 24), "white")
         frame.paste(grid, (0, 24))
         ImageDraw.Draw(frame).text((6, 4), f"iteration {iteration:,}", "black", font_size=15)
-        frames.append(frame.quantize(128))
+        frames.append(frame.quantize(128).resize((frames or [frame])[0].size))  # GIFs have one size
     durations = [200] * (len(frames) - 1) + [2000]  # ms
     write_atomically(out, lambda path: frames[0].save(path, "GIF", save_all=True, append_images=frames[1:],
                                                       duration=durations, loop=0))
+
+
+def split(argument: str) -> tuple[str, pathlib.Path]:
+    """Name and folder of NAME=RUN or RUN, whose name is the folder's."""
+    name, equals, folder = argument.partition("=")
+    if not equals or os.path.exists(argument):  # a folder's name may hold a = too
+        name, folder = pathlib.Path(argument).resolve().name, argument
+    return name, expand(folder)
 
 
 def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, key: str = "fid") -> None:
@@ -68,15 +76,13 @@ def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, ke
     if not runs:
         raise UserError("give the folders of runs to draw")
     if out.suffix == ".gif" and len(runs) == 1:
-        return film(expand(runs[0]), expand(str(out)))
+        return film(split(runs[0])[1], expand(str(out)))
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {out}: a picture's name ends in .png, .pdf or .svg, of the grids of one run in .gif")
     from common.pictures import Figure  # Matplotlib, which takes a second
     groups: dict[str, list[dict[int, tuple]]] = {}  # name -> scores of its runs
     for argument in runs:
-        name, equals, folder = argument.partition("=")
-        if not equals or os.path.exists(argument):  # a folder's name may hold a = too
-            name, folder = pathlib.Path(argument).resolve().name, argument
+        name, folder = split(argument)
         groups.setdefault(name, []).append(read_scores(folder, key))
     numbers = {made_with for scores in sum(groups.values(), []) for _, made_with in scores.values() if made_with}
     if len(numbers) > 1:

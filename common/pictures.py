@@ -26,6 +26,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
+from common import write_atomically
+
 VARIANTS = {"": "", "_ema": ", averaged G", "_uniform": ", z uniform"}  # a score's ending, and its title's
 COLUMNS = {"modes": "modes", "points": "points", "w1": "Wasserstein-1"}  # of the table
 
@@ -101,7 +103,7 @@ def save(figure: Figure, path: pathlib.Path, columns: int = 1) -> None:
     """Write a figure with one legend below it, of its first axes' marks."""
     marks = figure.axes[0].get_legend_handles_labels()
     figure.legend(*marks, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
 
 
 def plot_points(panels: list[tuple[str, np.ndarray]], centers: np.ndarray, radius: float, path: pathlib.Path) -> None:
@@ -194,4 +196,5 @@ def plot_density(panels: list[tuple[str, np.ndarray]], x: np.ndarray, data: np.n
         canvas.draw()
         images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("P"))
     durations = [125] * (len(images) - 1) + [1500]
-    images[0].save(video, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    write_atomically(video, lambda temporary: images[0].save(
+        temporary, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0))

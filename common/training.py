@@ -493,9 +493,9 @@ def begin_log(folder: pathlib.Path, args, images: Tensor, networks: dict[str, nn
     if checkpoint:  # show its iteration again
         for name, value in checkpoint.get("points", {}).items():
             writer.add_scalar(name, value, start)
-        sample = folder / f"samples/{start:08d}.png"
-        if sample.exists():
-            writer.add_image("images/samples", np.asarray(Image.open(sample)), start, dataformats="HWC")
+        grid = folder / f"samples/{start:08d}.png"
+        if grid.exists():
+            show_picture(writer, "images/samples", grid.read_bytes(), start)
         for record in read_lines(folder / "metrics.jsonl"):
             if record["iteration"] == start:
                 show_scores(writer, record)
@@ -504,13 +504,15 @@ def begin_log(folder: pathlib.Path, args, images: Tensor, networks: dict[str, nn
 
 def summary_writer(folder: pathlib.Path, args, step: int, arguments: bool):
     """TensorBoard's writer of a run that begins, or goes on, at `step`. What a killed run has shown from there on is
-    dropped. arguments: write them as text, anew when a run goes on, since flags may have changed; and for HPARAMS."""
+    dropped. arguments: write them as text, anew when a run goes on, since flags may have changed.
+    Those that it began with are in HPARAMS, too."""
     from torch.utils.tensorboard import SummaryWriter  # a second to import
     from torch.utils.tensorboard.summary import hparams
     earlier = sorted(folder.glob("events.out.tfevents.*"))
     writer = SummaryWriter(str(folder), purge_step=step)
     if arguments:
         writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in vars(args).items()), step)
+    if step == 0:  # of several TensorBoard takes the first
         plain = {name: value if isinstance(value, (bool, int, float)) else str(value)
                  for name, value in vars(args).items()}
         writer.file_writer.add_summary(hparams(plain, {})[1])  # of its summaries the one on this run
@@ -520,6 +522,20 @@ def summary_writer(folder: pathlib.Path, args, step: int, arguments: bool):
         for number, file in enumerate(earlier):
             os.replace(file, folder / f"events.out.tfevents.-{number:09d}")  # sorts before all times
     return writer
+
+
+def show_picture(writer, tag: str, png: bytes, iteration: int) -> None:
+    """Write a picture to TensorBoard, whose own writer would encode it once more."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    width, height = Image.open(io.BytesIO(png)).size
+    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), iteration)
+
+
+def show_grid(writer, folder: pathlib.Path, png: bytes, iteration: int) -> None:
+    """Write a grid of generated images to samples/ and TensorBoard."""
+    write_atomically(folder / f"samples/{iteration:08d}.png", lambda path: path.write_bytes(png))
+    show_picture(writer, "images/samples", png, iteration)
 
 
 def show_scores(writer, record: dict) -> None:
@@ -532,7 +548,7 @@ def show_scores(writer, record: dict) -> None:
 def show_iterations(bar: tqdm, first: bool, number: int = 1) -> None:
     """Move the progress bar on. Its rate leaves out the first call's, for which PyTorch prepares much."""
     if first:
-        bar.unpause()  # before it is drawn
+        bar.unpause()  # its clock begins here
     bar.update(number)
     if first:
         bar.initial = bar.last_print_n = bar.n
@@ -553,7 +569,8 @@ def print_end(folder: pathlib.Path, args, finished: bool) -> None:
     scores = "no scores" + (" yet" if args.eval_every else ", --eval-every 0")
     if records:
         scores = "FID {fid:.2f}, KID {kid_mean:.4f}, IS {is_mean:.2f} at iteration {iteration}".format(**records[-1])
-    grid = "".join(f"; to see: {path}" for path in sorted((folder / "samples").glob("*.png"))[-1:])
+    grids = sorted((folder / "samples").glob("*.png"), key=os.path.getmtime)  # a killed part may have left later ones
+    grid = f"; to see: {quote(grids[-1])}" if grids else ""
     if finished:
         print(f"{folder}: {args.iterations} iterations, {scores}{grid}; images: {common.command('--generate', folder)}")
     else:

@@ -113,7 +113,7 @@ def test_a_signal_to_one_ends_all(script, data, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     finish(processes, 143)
     assert before <= checkpoint(tmp_path / "r")["iteration"] < 100000
-    assert "--resume" in processes[0].read("out") and not processes[1].read("out")
+    assert "go on with --resume" in processes[0].read("out") and not processes[1].read("out")
 
 
 def torchrun(*command):
@@ -144,7 +144,7 @@ def test_slurms_signal(script, data, tmp_path):
     wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), process)
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=120)
-    assert "--resume" in out
+    assert "go on with --resume" in out
     run(script, "--resume", tmp_path / "r", "--iterations", checkpoint(tmp_path / "r")["iteration"] + 1)
 
 
@@ -249,8 +249,9 @@ def test_an_error_of_the_first(script, data, tmp_path):
     """It cannot read the images, or write, while the others wait."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.png").write_bytes(b"no picture")
-    for message, source, limit in (("a.png", tmp_path / "photos", 0), ("make room", data, 50_000)):
-        processes = start_together(2, script, *arguments(source, tmp_path, "r"), file_limit=limit)
+    for message, source, limit in (("a.png", tmp_path / "photos", 0), ("cannot write", data, 50_000)):
+        processes = start_together(2, script, *arguments(source, tmp_path, "r", "--sample-every", 0),
+                                   file_limit=limit)
         err = "\n".join(finish(processes, 2))
         line, = (line for line in err.splitlines() if "error:" in line)
         assert message in line and "Traceback" not in err

@@ -141,7 +141,7 @@ def test_sources(tmp_path):
     ("dcgan=none.npy", "cannot read none.npy"), ("real=a.npy", "write NAME=SOURCE"), ("=a.npy", "write NAME=SOURCE"),
     ("dcgan=absent.npy", "cannot read absent.npy"), ("dcgan=text", "cannot read text: not an idx3 file"),
     ("dcgan=cut.npy", "cannot read cut.npy"), ("dcgan=float.npy", "float32 [20, 28, 28, 1] is not uint8"),
-    ("dcgan=empty", "or one of mnist, cifar10, stl10, celeba"),
+    ("dcgan=empty", "by its name: mnist, cifar10, stl10, celeba"),
     ("dcgan=few.npy", "dcgan has 3 images, too few for --per-method 10: give --per-method 3"),
     ("dcgan=small.npy", "those of real are 28x28, those of dcgan 14x14"),
     ("dcgan=huge.npy", "cannot read huge.npy"), ("dcgan=foreign.npy", "cannot read foreign.npy"),

@@ -29,6 +29,7 @@ from typing import Optional
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/helpers")]
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the scripts do
 import torch
 import tyro
 from scripts import IMAGES

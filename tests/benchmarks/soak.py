@@ -7,7 +7,7 @@
 A try is a small run of a script: it starts, decodes, trains, saves, scores, draws. It is ended at random moments and
 begun again by the same command, until it is done. It must then have left what a run of the same script left that
 nobody ended, bit for bit: weights, moments, averages, metrics.jsonl, pictures, args.json, TensorBoard's points (but for
-rates).
+rates, and for the grid that a signal leaves of its iteration).
 
   kill      SIGKILL
   signal    SIGTERM, SIGINT; at times two of them
@@ -27,6 +27,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -53,6 +54,7 @@ from compare import flat
 from conftest import SCRIPTS
 from launcher import Process, start_together, wait_for
 from make_runs import TINY, UNLIKE, events
+from PIL import Image
 from tqdm import tqdm
 
 import common
@@ -210,13 +212,14 @@ def leavings(folder):
     return left
 
 
-def compare(left, straight):
+def compare(left, straight, signalled):
+    """signalled: the run has had signals. Each leaves a grid of its iteration, which a run left alone has not."""
     def same(a, b):
         return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
 
-    for name, value in list(left.items()):  # a signal leaves a grid of its iteration, which a straight run has not
+    for name, value in list(left.items()) if signalled else []:
         if re.fullmatch(r"\d{8}\.png", name) and name not in straight:
-            del left[name]
+            Image.open(io.BytesIO(left.pop(name))).load()
         if name.endswith("images/samples"):
             left[name] = [(step, image) for step, image in value if step in dict(straight[name])]
     unlike = [name for name in sorted(left.keys() | straight.keys()) if not same(left.get(name), straight.get(name))]
@@ -399,7 +402,7 @@ def one_try(kind, script, model, number, seed, shared):
         for process in run.start():
             run.end(process)
         for name in FOUR if kind == "data" else FOUR[:1]:
-            compare(leavings(run.folder(name)), straight)
+            compare(leavings(run.folder(name)), straight, kind in ("signal", "worker"))
     except Exception as error:
         fault = str(error) if isinstance(error, Fault) else f"stuck: {type(error).__name__} {error}"
     for process in run.begun:
