@@ -338,7 +338,8 @@ def test_all_methods_in_one_run(script, tmp_path, dim):
             assert all(f"{mean:.2f} ± {std:.2f}" in row for mean, std in script.METHODS[method].paper or [])
     assert str(folder) in rows[0] and "on the CPU" in rows[0] and f"tensorboard --logdir '{folder}'" in rows[0]
     assert rows[-1].startswith(f"{folder}: {script.METHODS[methods[0]].title}, averaged G: ")
-    assert rows[-1].endswith(str(folder / ("samples.png" if dim == 2 else "training.gif")))
+    picture = "samples.png" if dim == 2 else "training.gif"
+    assert rows[-1].endswith(f"; to see: '{folder / picture}'")
 
     # Pictures
     check_picture(folder / "modes.png", "blue", "orange", "red")
