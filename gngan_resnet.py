@@ -1,5 +1,5 @@
 """GN-GAN with SN-GAN's ResNet on images, after "Improving GAN with Neighbors Embedding and Gradient Matching"
-(Tran, Bui and Cheung, AAAI 2019): table 3's ResNet row, the switches of figures 5 and 7, Dist-GAN.
+(Tran, Bui and Cheung, AAAI 2019): table 3's ResNet row, the variants of figures 5 and 7, Dist-GAN.
 
     python gngan_resnet.py                                  # CIFAR-10, hinge loss, 200,000 iterations: table 3
     python gngan_resnet.py --dataset stl10                  # STL-10 at 48x48
@@ -65,7 +65,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
-    """tf32: fp32, but on a GPU products in TF32, as PyTorch has it for convolutions.
+    """tf32: fp32, but on a GPU convolutions and matrix products in TF32: faster, with fewer digits.
     bf16: networks under autocast, also on a CPU."""
     compile: bool = False
     """torch.compile the losses (a minute or more at the start)."""
@@ -111,20 +111,20 @@ class Args:
     """Train an encoder, with G as its decoder; D takes a few reconstructions for real (V_C of Eq. 7).
     Without: figure 7's standard GAN."""
     distgan: bool = False
-    """The baseline Dist-GAN (Tran, Bui and Cheung 2018): its autoencoder compares D's features.
+    """The baseline Dist-GAN (Tran, Bui and Cheung 2018): reconstructions are compared by D's features.
     It has no neighbour embedding and no gradient matching."""
     lambda_p: Optional[float] = None
     """Weight of the gradient penalty V_P in D's loss. Default: 1 [paper]; 0 without an autoencoder [ours]."""
     lambda_r: float = 1.0
-    """Weight of the neighbour embedding V_R [paper]; of Dist-GAN's latent-data distance."""
+    """Weight of the neighbour embedding V_R [paper]; with --distgan of its latent-data distance."""
     lambda_m1: float = 1.0
-    """Weight in G's loss: how far D's mean gradient norms are apart (Eq. 13) [paper]."""
+    """Weight in G's loss of: D's mean gradient norm, of real against generated (Eq. 13) [paper]."""
     lambda_m2: float = 1.0
-    """Weight in G's loss: how far D's mean products of gradient and image are apart (Eq. 13) [paper]."""
+    """Weight in G's loss of: D's mean product of gradient and image, likewise (Eq. 13) [paper]."""
     alpha: float = 0.05
-    """Share of the reconstructions in what D takes for real (Eq. 7) [paper]."""
+    """Of what D is told is real, the share of reconstructions (Eq. 7) [paper]."""
     penalty: Literal["auto", "score", "rms", "reversed"] = "auto"
-    """Whose gradient V_P holds at norm 1. auto: rms; with --hinge reversed.
+    """Which gradient of D the penalty V_P holds at norm 1. auto: rms; with --hinge reversed.
     score: the L2 norm of the sigmoid score's gradient, D as in the paper.
     rms: the root mean square over pixels of the logit's gradient [authors' code].
     reversed: rms with the sign of V_P changed, which draws slopes to 0 [authors' hinge loss]."""
@@ -822,7 +822,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
                 for name, value in points.items():
                     writer.add_scalar(name, value, iteration)
                 shown = [n for n in ("autoencoder", "discriminator", "generator") if n in values]
-                bar.set_postfix({name: f"{values[name]:.3g}" for name in shown}, refresh=False)
+                bar.set_postfix({name[0].upper(): f"{values[name]:.3g}" for name in shown}, refresh=False)
 
             # Samples
             if unwritten and sample:

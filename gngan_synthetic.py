@@ -39,7 +39,7 @@ from common.training import draw_seed, due
 
 SCRIPT = pathlib.Path(__file__).stem
 NUM_SAMPLES = 2000  # generated points that an evaluation registers [paper]
-COMPILE_FROM = 5000  # iterations of a method's whole run from which compiling (a minute) pays
+COMPILE_FROM = 1000  # iterations of a method's whole run from which compiling (up to a minute) pays
 Params = dict[str, Tensor]  # a network's weights: w0 [in, out], b0 [out], w1, ...; of S seeds [S, ...]
 Networks = dict[str, Params]  # of S seeds, by name: generator, encoder, discriminator, generator_ema
 Terms = dict[str, Tensor]  # scalars by name, which go to TensorBoard; with or without a gradient
@@ -52,7 +52,8 @@ TrainShare = Callable[[int, int], dict]
 class Args:
     # used most
     method: MethodName = "gngan"
-    """What to train; all: each in turn. In 1D: those whose D judges points."""
+    """What to train; all: each in turn, in 1D those whose D sees points alone: GAN, VAE-GAN, WGAN-GP,
+    Dist-GAN, GN-GAN."""
     dim: Literal[2, 1] = 2
     """2: 25 Gaussians on a grid (table 2, figures 3, 4). 1: three Gaussians on a line (figure 2)."""
     num_seeds: int = 8
@@ -72,7 +73,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     compile: bool = True
-    """torch.compile the step of a run of 5,000 iterations or more (a minute; then cached)."""
+    """torch.compile the step of a run of 1,000 iterations or more (up to a minute; then cached)."""
     run_dir: str = "runs"
     """The folder for run folders."""
     run_name: Optional[str] = None

@@ -68,7 +68,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
-    """tf32: fp32, but on a GPU products in TF32, as PyTorch has it for convolutions.
+    """tf32: fp32, but on a GPU convolutions and matrix products in TF32: faster, with fewer digits.
     bf16: networks under autocast, also on a CPU."""
     compile: bool = False
     """torch.compile the losses (a minute or more at the start)."""
@@ -107,7 +107,7 @@ class Args:
     kernel_width: Optional[float] = None
     """The kernel's width w [the paper gives none].
     Default: a moving average of the mean of two spreads, the real features' and all features' [ours].
-    So K between the centroids cannot vanish."""
+    So K stays above 0 even where the centroids lie far apart."""
     alpha: float = 1.0
     """Weight of the spheres' difference of radii, beside their centres' distance (Eq. 8) [paper]."""
     beta: Optional[float] = None
@@ -119,10 +119,10 @@ class Args:
     """Factor of the spheres' distance L_G (Eq. 8) in G's loss. one: 1 [paper].
     width: the kernel's width, so that distances have the features' unit, as in feature matching [ours]."""
     manifold_in_discriminator: bool = True
-    """D's loss keeps the spheres apart: it has L_G, with a minus and unscaled [paper: Eq. 6, 10].
+    """D's loss keeps the spheres apart: it has -L_G, whatever --manifold-scale [paper: Eq. 6, 10].
     Without: L_G is G's alone."""
     correlation_in_discriminator: bool = False
-    """D's loss has R_G too, with a minus [Eq. 10]. D then learns only to see all generated images as equal.
+    """D's loss has -R_G too [Eq. 10]. Not advised: D then learns only to see all generated images as equal.
     Without: G's alone [paper: section V]."""
     baseline: bool = False
     """Plain DCGAN: no manifolds, G's loss is -E log D(G(z))."""
@@ -688,7 +688,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
                 for name, value in points.items():
                     writer.add_scalar(name, value, iteration)
                 shown = [n for n in ("discriminator", "generator") if n in values]
-                bar.set_postfix({name: f"{values[name]:.3g}" for name in shown}, refresh=False)
+                bar.set_postfix({name[0].upper(): f"{values[name]:.3g}" for name in shown}, refresh=False)
 
             # Samples
             if unwritten and sample:

@@ -296,7 +296,7 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem } p { margin: 0 0 1
 fieldset { border: 0; margin: 0 -5px 1.5rem; padding: 0; min-width: 0; font-size: 0; /* no spaces between images */
            text-wrap: balance } /* rows alike in length */
 legend, [formmethod] { position: absolute; clip-path: inset(50%) } svg { height: 1.2rem; fill: currentColor }
-.image { position: relative; display: inline-block; vertical-align: top; margin: 5px; width: {{ width }}px;
+.image { position: relative; display: inline-block; vertical-align: top; margin: 5px; width: {{ width or 0 }}px;
          max-width: calc(100% - 10px); border-radius: 8px; background: var(--card); box-shadow: 0 0 0 1px var(--line) }
 .image img { display: block; width: 100%; height: auto; border-radius: 8px 8px 0 0; image-rendering: pixelated }
 .image input { appearance: none; position: absolute; inset: 0; margin: 0; border-radius: 8px; cursor: pointer }

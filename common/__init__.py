@@ -9,6 +9,7 @@ import datetime
 import errno
 import fcntl
 import gc
+import io
 import itertools
 import json
 import math
@@ -247,17 +248,25 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
 
 
 def command_line(cls: type, argv: Optional[list[str]], description: str = "", **given) -> object:
-    """The command line as tyro reads it. Its help begins with the description, which tyro would not wrap to the
-    terminal, and shows {None}|INT as INT: None, which asks for a flag's default at --resume, is for those who know."""
-    asked = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
-    if asked:
-        columns = shutil.get_terminal_size().columns - 1
-        for line in re.sub(r"(?<=\S)\n(?=\S)|  +(?=#)", " ", description).splitlines():  # paragraphs as one line each
-            margin = re.match(" *", line)[0]
-            command = line.lstrip().startswith("python ")  # which the terminal breaks, so that it can be copied
-            print(line if command else textwrap.fill(line, columns, subsequent_indent=2 * margin))
-        print()
-    return tyro.cli(cls, args=argv, description="", config=(tyro.conf.DisallowNone,) if asked else (), **given)
+    """The command line as tyro reads it.
+
+    Its help begins with the description, which tyro would not wrap to the terminal. It shows {None}|INT as INT, and no
+    default of None: to ask for a flag's default, at --resume, by None is for those who know.
+    """
+    if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        return tyro.cli(cls, args=argv, **given)
+    for line in re.sub(r"(?<=\S)\n(?=\S)", " ", description).splitlines():  # a paragraph is one line
+        margin = re.match(" *", line)[0]
+        if line.startswith("    python "):  # left to the terminal, so that it can be copied
+            command, _, comment = line.partition("#")
+            print(f"    # {comment.strip()}\n{command.rstrip()}" if comment else line)
+        else:
+            print(textwrap.fill(line, shutil.get_terminal_size().columns - 1, subsequent_indent=margin and " " * 11))
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        tyro.cli(cls, args=argv, description="", config=(tyro.conf.DisallowNone,), **given)
+    print("\n" + re.sub(r"\s*\(default:\s+None\)| +(?=\n)", "", page.getvalue()))
+    sys.exit(0)
 
 
 OF_ONE_CALL = ("resume", "evaluate", "generate", "num_images", "out")  # flags that say what to do, not what a run is

@@ -69,7 +69,7 @@ def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, ke
     """Draw a score of runs against iterations, or show the grids of one run in motion.
 
     Args:
-        runs: folders, each RUN or NAME=RUN; runs of one name become a line, their mean, in a band, their range
+        runs: folders, each RUN or NAME=RUN; runs of one name are drawn as one line, their mean, in a band, their range
         out: the picture: .png, .pdf or .svg; .gif: the grids of a single run, one after the other
         key: a score in metrics.jsonl: fid, kid_mean, is_mean, precision, recall
     """
@@ -104,4 +104,4 @@ def draw(runs: Annotated[list[str], tyro.conf.Positional], out: pathlib.Path, ke
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(draw))
+    run(lambda: tyro.cli(draw, prog="python -m common.figure"))

@@ -126,7 +126,7 @@ def plot_arrows(panels: list[tuple[str, np.ndarray]], positions: np.ndarray, cen
     The longest tenth of the arrows is cut to one length: a few steep places must not hide the rest.
     """
     figure, axes = make_panels([title for title, _ in panels], size=3.2)
-    label = "gradient of D's score or of the critic, the longest tenth cut to one length"
+    label = "gradient of D's output; the longest tenth are cut to one length"
     for ax, (_, gradient) in zip(axes, panels):
         gradient = np.asarray(gradient)
         length = np.linalg.norm(gradient, axis=1)

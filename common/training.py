@@ -566,7 +566,7 @@ def images_per_second(bar: tqdm, batch_size: int) -> Optional[float]:
 def print_end(folder: pathlib.Path, args, finished: bool) -> None:
     """One line: the scores, the last grid, the command for images or, if a signal ended the run, to go on."""
     records = read_lines(folder / "metrics.jsonl")
-    scores = "no scores" + (" yet" if args.eval_every else ", --eval-every 0")
+    scores = "no scores" + (" yet" if args.eval_every else ", since --eval-every is 0")
     if records:
         scores = "FID {fid:.2f}, KID {kid_mean:.4f}, IS {is_mean:.2f} at iteration {iteration}".format(**records[-1])
     grids = sorted((folder / "samples").glob("*.png"), key=os.path.getmtime)  # a killed part may have left later ones

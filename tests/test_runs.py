@@ -93,7 +93,7 @@ def test_the_run_folder(script, data, inception, tmp_path):
                     f"IS {line['is_mean']:.2f} at iteration 4; to see: {folder}/samples/00000004.png; "
                     f"images: python {ROOT / script.SCRIPT}.py --generate {folder}")
     assert "FID of 12 real images is biased" in err and "look at KID" in err
-    assert "4/4" in err and "it/s" in err and re.search(r"generator=-?[\d.e-]+", err)
+    assert "4/4" in err and "it/s" in err and re.search(r"G=-?[\d.e-]+", err)
     assert not set("\r\x1b") & set(err) and all(err.splitlines())  # a log has lines
 
     board = events(folder)

@@ -66,7 +66,7 @@ def test_a_few_steps(script, case, begin):
     process, folder = begin(script, case)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert f"{folder}: 2 iterations, no scores, --eval-every 0; to see: " in out.splitlines()[-1]
+    assert f"{folder}: 2 iterations, no scores, since --eval-every is 0; to see: " in out.splitlines()[-1]
     given = dict(zip(case, case[1:]))
     side = int(given.get("--image-size", SIDES.get(given.get("--dataset"), 32)))
     assert json.loads((folder / "args.json").read_text())["args"]["image_size"] == side
@@ -94,7 +94,7 @@ def test_the_manual(script):
     narrow, _ = run(script, "--help", environment={"COLUMNS": "60"})
     assert max(len(line) for line in narrow.splitlines() if not line.startswith("    python ")) <= 60
     manual, _ = run(script, "--help", environment={"COLUMNS": "200"})
-    assert "None}" not in manual
+    assert "None}" not in manual and "None)" not in manual
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", manual).split())
     body = re.search(r"^class Args:\n(.*?)\n\n\n", pathlib.Path(script.__file__).read_text(), re.M | re.S)[1]
     documented = re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', body, re.M | re.S)
