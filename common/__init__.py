@@ -255,13 +255,15 @@ def command_line(cls: type, argv: Optional[list[str]], description: str = "", **
     """
     if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
         return tyro.cli(cls, args=argv, **given)
+    columns = shutil.get_terminal_size().columns - 1
     for line in re.sub(r"(?<=\S)\n(?=\S)", " ", description).splitlines():  # a paragraph is one line
-        margin = re.match(" *", line)[0]
         if line.startswith("    python "):  # left to the terminal, so that it can be copied
             command, _, comment = line.partition("#")
-            print(f"    # {comment.strip()}\n{command.rstrip()}" if comment else line)
+            if comment:
+                print(textwrap.fill(comment.strip(), columns, initial_indent="    # ", subsequent_indent="    # "))
+            print(command.rstrip())
         else:
-            print(textwrap.fill(line, shutil.get_terminal_size().columns - 1, subsequent_indent=margin and " " * 11))
+            print(textwrap.fill(line, columns, subsequent_indent=" " * 11 if line.startswith(" ") else ""))
     page = io.StringIO()
     with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
         tyro.cli(cls, args=argv, description="", config=(tyro.conf.DisallowNone,), **given)
