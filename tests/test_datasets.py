@@ -712,7 +712,7 @@ def server():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            data = self.server.files.get(self.path)
+            data, cut, pause = self.server.files.get(self.path), self.server.cut, self.server.pause
             if data is None:
                 return self.send_error(404)
             self.server.requests.append(self.path)
@@ -720,10 +720,10 @@ def server():
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             with contextlib.suppress(BrokenPipeError):  # torchvision first asks where it is redirected to
-                self.wfile.write(data[: self.server.cut][:300])
+                self.wfile.write(data[:cut][:300])
                 self.wfile.flush()
-                time.sleep(self.server.pause)
-                self.wfile.write(data[: self.server.cut][300:])
+                time.sleep(pause)
+                self.wfile.write(data[:cut][300:])
 
         def log_message(self, *arguments):
             pass
