@@ -29,6 +29,7 @@ import torchvision
 from launcher import torchrun_environment
 from PIL import Image, PngImagePlugin
 
+import common
 from common import UserError, datasets, training, write_atomically
 
 FORK = multiprocessing.get_context("fork")
@@ -845,6 +846,26 @@ def test_a_job_killed_while_it_downloads(tmp_path, monkeypatch, server):
     first.kill()
     assert np.array_equal(results.get(timeout=240), images)
     second.join()
+
+
+def test_a_lock_that_its_holder_removes(tmp_path):
+    """As a failed download does with its folder: who waited for it holds a lock that others see."""
+    file, seen = tmp_path / "data/.lock", []
+
+    def wait() -> None:
+        with common.lock(file, wait=60):
+            seen.append(file.exists())
+            with pytest.raises(BlockingIOError), common.lock(file, wait=0):
+                pass
+
+    with common.lock(file, wait=0):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.3)
+        common.remove_unused([tmp_path / "data"], file)
+        assert not (tmp_path / "data").exists()
+    waiting.join(60)
+    assert seen == [True]
 
 
 def test_an_archive_that_is_still_being_copied_stays(tmp_path, monkeypatch, server):
