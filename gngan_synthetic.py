@@ -931,9 +931,10 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 shown = shown_variant(args)
                 bar.set_postfix(modes=f"{np.mean(scores['modes' + shown]):.1f}",
                                 points=f"{np.mean(scores['points' + shown]):.0f}", refresh=False)
-                if args.dim == 2 and epoch < args.epochs and due(args.epochs, epoch, args.epochs, early=True):
+                soon = epoch < args.epochs and due(args.epochs, epoch, args.epochs, early=True)
+                if soon and args.dim == 2:  # something to look at
                     model = {"iteration": iteration, "networks": networks, "frames": frames}
-                    draw_pictures(args, folder, {args.method: model})  # something to look at soon
+                    draw_pictures(args, folder, {args.method: model})
                     bar.unpause()  # the rate is of training alone
                     since = iteration, time.perf_counter()
 
