@@ -931,9 +931,9 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 shown = shown_variant(args)
                 bar.set_postfix(modes=f"{np.mean(scores['modes' + shown]):.1f}",
                                 points=f"{np.mean(scores['points' + shown]):.0f}", refresh=False)
-                soon = epoch < args.epochs and due(args.epochs, epoch, args.epochs, early=True)
-                if soon and args.dim == 2:  # something to look at
-                    model = {"iteration": iteration, "networks": networks, "frames": frames}
+                early = epoch & (epoch - 1) == 0 and epoch < args.epochs  # 1, 2, 4, 8, ...
+                if early and args.dim == 2:  # something to look at
+                    model = {"iteration": iteration, "networks": networks}
                     draw_pictures(args, folder, {args.method: model})
                     bar.unpause()  # the rate is of training alone
                     since = iteration, time.perf_counter()
@@ -1040,9 +1040,9 @@ def draw_pictures(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> 
     panels = []
     for title, points in pictures.choose_panels(samples, args.seed):
         scores = register(points[None], problem.centers, problem.radius)
-        modes, registered = int(scores["modes"]), int(scores["points"])
-        modes_word = "mode" if modes == 1 else "modes"
-        panels.append((f"{title}\n{modes} {modes_word}, {registered} points", points))
+        modes = int(scores["modes"])
+        counts = f"{modes} mode{'s' * (modes != 1)}, {int(scores['points'])} points"
+        panels.append((f"{title}\n{counts}", points))
     pictures.plot_points(panels, problem.centers, problem.radius, folder / "samples.png")
     if gradients:
         panels = pictures.choose_panels(gradients, args.seed)
