@@ -780,6 +780,15 @@ def test_a_pickle_that_runs_code_is_refused(script, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- common
+def test_a_grid_that_a_kill_has_cut(tmp_path):
+    cut, grid = tmp_path / "r/samples/00000012.png.0123456789ab.tmp", tmp_path / "r/samples/00000012.png"
+    grid.parent.mkdir(parents=True)
+    cut.touch()
+    grid.touch()
+    with common.run_folder(tmp_path / "r", resume=True):
+        assert not cut.exists() and grid.exists()
+
+
 def test_run_folders(tmp_path):
     """No two at a time in one; a free name is found if none was asked for; an empty one is removed."""
     with common.run_folder(tmp_path / "r", False, free_name=True) as first:
