@@ -437,7 +437,7 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
                 problem = f"{place} has a run in it: choose another --run-name, or go on with --resume {quote(place)}"
             if not problem:
                 try:
-                    for file in place.glob("samples/*.tmp"):  # left by a kill; nobody else writes there
+                    for file in place.glob("samples/*.png.*.tmp"):  # left by a kill; nobody else writes there
                         file.unlink()
                     yield place
                 except OSError as error:  # a full disk, of which TensorBoard and pictures do not say more
