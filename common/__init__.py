@@ -426,7 +426,7 @@ def run_folder(folder: pathlib.Path, resume: bool, free_name: bool = False) -> I
         problem = None
         with contextlib.ExitStack() as held:
             try:
-                new = missing_folders(place)
+                new = [] if place.exists() else [place]  # not --run-dir: another process may be about to use it
                 held.enter_context(lock(place / ".lock", wait=0))
             except BlockingIOError:
                 problem = f"another process is training in {place}"

@@ -666,7 +666,7 @@ def test_errors_are_one_line(script, data, tmp_path):
              (["nowhere.pth"], ["--eval-every", 1, "--inception-weights", "nowhere.pth"])]
     check_errors(script, [(words, [*arguments(data, tmp_path / "runs", f"r{number}"), *given])
                           for number, (words, given) in enumerate(cases)])
-    assert not list((tmp_path / "runs").iterdir())
+    assert not list((tmp_path / "runs").glob("*"))
     refuse(script, ["--resume auto needs the --run-name"], "--resume", "auto")
     refuse(script, ["exclude each other"], "--evaluate", "a", "--generate", "b")
     refuse(script, ["no checkpoint at"], "--resume", "")  # an unset shell variable must not start a new run
@@ -800,6 +800,9 @@ def test_run_folders(tmp_path):
             with common.run_folder(tmp_path / "r", False, free_name=True) as third:
                 assert [f.name for f in (first, second, third)] == ["r", "r-2", "r-3"]
     assert [f.name for f in tmp_path.iterdir()] == ["r-2"]
+    with common.run_folder(tmp_path / "runs/r", False):
+        pass
+    assert not list((tmp_path / "runs").iterdir())  # it stays, as another process may be about to use it
     with pytest.raises(UserError, match="has a run in it"), common.run_folder(tmp_path / "r-2", False):
         pass
     with common.run_folder(tmp_path / "r-2", resume=True) as again:
