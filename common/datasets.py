@@ -537,6 +537,9 @@ def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[pathlib.
     remove_leftovers(file.parent, file.name)
     if file.exists():
         return
+    if ending(file.parent.name) == ".zip" or any(ending(path.name) in EXTENSIONS for path in file.parent.glob("*")):
+        raise UserError(f"{file.parent} holds images, and not {title}: to train on them add --dataset folder; to "
+                        f"download {title} give another --data-dir")
     new, lock_file = common.missing_folders(file.parent), file.with_name(f".{file.name}.lock")
     try:
         with lock(lock_file, wait=math.inf):

@@ -918,6 +918,15 @@ def test_no_place_for_a_download(tmp_path, monkeypatch):
         datasets.load("cifar10", tmp_path / "other", 32)
 
 
+@pytest.mark.parametrize("photos", ["photos", "photos.zip"])
+def test_photos_without_dataset_folder(tmp_path, photos):
+    """--data-dir photos alone asks for CIFAR-10, of which 170 MB would be kept among the photos."""
+    make_data.image_zip(tmp_path / "photos.zip", count=1)
+    make_data.image_folder(tmp_path / "photos", count=1)
+    with pytest.raises(UserError, match="photos.* holds images, and not CIFAR10: .*add --dataset folder"):
+        datasets.load("cifar10", tmp_path / photos, 32)
+
+
 def test_no_connection(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.STL10, "url", "http://127.0.0.1:9/stl10_binary.tar.gz")
     with pytest.raises(UserError, match="cannot download STL10 .* no connection.*put stl10_binary.tar.gz into"):
