@@ -54,7 +54,7 @@ class Args:
     width: float = 1.0
     """Factor of the networks' channels: 0.25 makes a run on a CPU possible."""
     iterations: Optional[int] = None
-    """Updates of G. Default: 350,000; 200,000 with --hinge [paper]."""
+    """Updates of G. Default: 350,000; 200,000 with --hinge or stl10 [paper]."""
     resume: Optional[str] = None
     """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
     auto: go on in --run-name's folder if it has a checkpoint, else start it."""
@@ -89,7 +89,7 @@ class Args:
 
     # data
     image_size: Optional[int] = None
-    """Height and width, a multiple of 8. Default: 32; stl10: 48 [paper]. Any but 32 has STL-10's networks."""
+    """Height and width, a multiple of 8. Default: 32; stl10: 48 [authors' code]. Any but 32 has STL-10's networks."""
 
     # model
     latent_dim: int = 128
@@ -108,7 +108,8 @@ class Args:
     Without: the scores alone.
     Without autoencoder too: GAN's non-saturating loss, or, with --hinge, -E D(G(z)) [ours]."""
     autoencoder: bool = True
-    """Train an encoder, with G as its decoder; D takes a few reconstructions for real (V_C of Eq. 7).
+    """Train an encoder, with G as its decoder; D takes reconstructions for real, with the weight
+    --alpha (V_C of Eq. 7).
     Without: figure 7's standard GAN."""
     distgan: bool = False
     """The baseline Dist-GAN (Tran, Bui and Cheung 2018): reconstructions are compared by D's features.
@@ -152,9 +153,9 @@ class Args:
     checkpoint_every: int = 1000
     """Iterations between checkpoints; 0: at the start, at the end, before a score, on a signal."""
     num_real: Optional[int] = None
-    """Real images for FID. Default: 10,000 [authors' code], or all if there are fewer."""
+    """Real images for FID. Default: 10,000 [paper], or all if there are fewer."""
     num_fake: int = 5000
-    """Generated images for FID and the Inception Score [authors' code]."""
+    """Generated images for FID and the Inception Score [paper]."""
     inception_weights: Optional[str] = None
     """A file of torch-fidelity's Inception weights. Default: downloaded once."""
 
@@ -162,7 +163,7 @@ class Args:
 def resolve(args: Args) -> Args:
     """Fill in, in place, each default that depends on another flag, and Dist-GAN's switches."""
     if args.iterations is None:
-        args.iterations = 200_000 if args.hinge else 350_000
+        args.iterations = 200_000 if args.hinge or args.dataset == "stl10" else 350_000
     if args.image_size is None:
         args.image_size = 48 if args.dataset == "stl10" else 32
     if args.lambda_p is None:
@@ -391,7 +392,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, reconstruction: Optional[Tens
 
 def gradient_penalty(discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor,
                      penalty: str = "rms") -> Tensor:
-    """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8); scalar.
+    """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 7); scalar.
 
     real, fake [B, C, H, W]; mix [B, 1, 1, 1] from U(0, 1). penalty: score, the L2 norm of the
     sigmoid score's gradient; rms and reversed, of the logit's over sqrt(C H W).
@@ -495,9 +496,7 @@ def generator_objective(args: Args, networks: nn.ModuleDict, x: Tensor, z: Tenso
         terms = {"score_matching": score_term, "norm_matching": norm_term,
                  "inner_matching": inner_term}
     elif args.autoencoder:
-        with torch.no_grad():
-            score_real = torch.sigmoid(D(x)).mean()
-        score_term = (score_real - torch.sigmoid(D(fake)).mean()).abs()
+        score_term = (torch.sigmoid(D(x)).mean() - torch.sigmoid(D(fake)).mean()).abs()
         loss = score_term.clone()
         terms = {"score_matching": score_term}
     else:
@@ -652,8 +651,8 @@ def sample_images(generator: Generator, z: Tensor) -> Tensor:
 def make_sampler(generator: Generator, args: Args, device: torch.device) -> Callable[[int], Tensor]:
     """A function from n to n new images, uint8 [n, 3, H, W].
 
-    Its draws are its own: the same for every evaluation, and none of training's (whose keys have
-    one number less), so that how often one evaluates changes nothing.
+    Its draws are its own: the same for every evaluation, and none of training's (whose keys have no
+    third number, which is as 0), so that how often one evaluates changes nothing.
     """
     own = training.own_slice(args.batch_size)
     rng = torch.Generator(device).manual_seed(draw_seed(args.seed, 0, 1 + own.start))

@@ -59,7 +59,8 @@ class Args:
     num_seeds: int = 8
     """How many runs to train at once, with the seeds seed, seed + 1, ..."""
     epochs: Optional[int] = None
-    """Passes over the data. Default: 500 in 2D (195,500 iterations), 100 in 1D (10,000) [paper]."""
+    """Passes over the data. Default: 500 in 2D (195,500 iterations) [paper], 100 in 1D (10,000)
+    [authors' code]."""
     resume: Optional[str] = None
     """A run folder or its checkpoint.pt: go on there, with its arguments unless given anew.
     auto: go on in --run-name's folder if it has a checkpoint, else start it."""
@@ -110,7 +111,8 @@ class Args:
     encoder: E alone."""
     critic_steps: Optional[int] = None
     """D updates an iteration, each on its own mini-batch.
-    Default: distgan, wgangp 5 in 2D, 3 in 1D [authors' code]; gan 2, ali 5 [tuned]; others 1."""
+    Default: distgan 5 in 2D, distgan and wgangp 3 in 1D [authors' code]; wgangp 5 in 2D, gan 2,
+    ali 5 [tuned]; others 1."""
     label_smoothing: Optional[float] = None
     """GAN, ALI: one-sided, the real label is 1 - this. Default: gan 0.1, ali 0 [tuned]."""
     vae_sigma: float = 0.02
@@ -133,7 +135,7 @@ class Args:
     beta1: Optional[float] = None
     """Adam's first decay. Default: 0.8 in 2D [paper], 0.5 in 1D [authors' code]."""
     beta2: Optional[float] = None
-    """Adam's second decay. Default: 0.999 in 2D [paper], 0.9 in 1D [authors' code]."""
+    """Adam's second decay. Default: 0.999 in 2D [Adam's own], 0.9 in 1D [authors' code]."""
 
     # logging
     checkpoint_every: int = 10
@@ -381,7 +383,7 @@ def squared_error(real: Tensor, reconstruction: Tensor) -> Tensor:
 
 def gradient_penalty(discriminator: MLP, real: Tensor, fake: Tensor, mix: Tensor,
                      penalty: str = "l2") -> Tensor:
-    """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 8); scalar.
+    """V_P = E(||grad D(x^)|| - 1)^2 at x^ = mix real + (1 - mix) fake (below Eq. 7); scalar.
 
     real, fake [B, dim]; mix [B, 1] from U(0, 1). penalty: score, the norm of the sigmoid score's
     gradient; l2, of the logit's; rms, of the logit's over sqrt(dim).
@@ -677,7 +679,7 @@ def make_train_step(args: Args, networks: Networks, optimizers: dict[str, dict],
 
     def train_step(draws: Draws) -> Terms:
         losses = {}
-        for update, objective in METHODS[args.method].objectives.items():  # Algorithm 1: autoencoder, D, G
+        for update, objective in METHODS[args.method].objectives.items():  # GN-GAN's: Algorithm 1
             optimizer_of = optimizers_of(args, update)
             for k in range(args.critic_steps if update == "discriminator" else 1):
                 batch = Draws(*(values[k] for values in draws))
@@ -789,7 +791,8 @@ def density_and_score(args: Args, networks: Networks, epoch: int) -> Tensor:
         score = score / score.amax(-1, keepdim=True).clamp_min(1e-12)
     else:
         score = torch.sigmoid(score)
-    return torch.stack([density(sample_points(args, networks, epoch, 5 * NUM_SAMPLES)), score], 1)
+    samples = sample_points(args, networks, epoch, 5 * NUM_SAMPLES, shown_variant(args))
+    return torch.stack([density(samples), score], 1)
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -1021,7 +1024,8 @@ def draw_pictures(args: Args, folder: pathlib.Path, models: dict[str, dict]) -> 
     from common import pictures  # imports Matplotlib, which takes a second
     problem = make_problem(args.dim)
     if args.dim == 1:
-        curves = {METHODS[name].title: torch.stack(model["frames"], 1) for name, model in models.items()}
+        ending = pictures.VARIANTS[shown_variant(args)]
+        curves = {METHODS[name].title + ending: torch.stack(model["frames"], 1) for name, model in models.items()}
         panels = pictures.choose_panels(curves, args.seed)
         data = density(problem.points[None])[0]
         pictures.plot_density(panels, AXIS, data, folder / "density.png", folder / "training.gif")

@@ -92,7 +92,7 @@ class Args:
 
     # data
     image_size: Optional[int] = None
-    """Height and width. Default: mnist 28, celeba 64, else 32 [DCGAN's code]."""
+    """Height and width. Default: mnist 28, celeba 64 [DCGAN's code], else 32 [ours]."""
 
     # model
     latent_dim: int = 100
@@ -156,7 +156,7 @@ class Args:
     num_fake: int = 5000
     """Generated images for FID [ours, as in GN-GAN]."""
     num_is: Optional[int] = None
-    """Generated images for the Inception Score. Default: --num-fake; cifar10: 50,000 [paper]."""
+    """Generated images for the Inception Score. Default: --num-fake; cifar10: 50,000 [Improved GAN's paper]."""
     inception_weights: Optional[str] = None
     """A file of torch-fidelity's Inception weights. Default: downloaded once."""
 
@@ -279,7 +279,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(network: nn.Module) -> None:
-    """Weights N(0, 0.02^2), zero biases [DCGAN's code]."""
+    """Weights N(0, 0.02^2), zero biases [DCGAN's code, which cuts D's convolutions at two deviations]."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, std=0.02)
@@ -610,8 +610,8 @@ def sample_images(generator: Generator, z: Tensor) -> Tensor:
 def make_sampler(generator: Generator, args: Args, device: torch.device) -> Callable[[int], Tensor]:
     """A function from n to n new images, uint8 [n, C, H, W].
 
-    Its draws are its own: the same for every evaluation, and none of training's (whose keys have
-    one number less), so that how often one evaluates changes nothing.
+    Its draws are its own: the same for every evaluation, and none of training's (whose keys have no
+    third number, which is as 0), so that how often one evaluates changes nothing.
     """
     own = training.own_slice(args.batch_size)
     rng = torch.Generator(device).manual_seed(draw_seed(args.seed, 0, 1 + own.start))
@@ -741,7 +741,8 @@ def parse_args(argv: Optional[list[str]] = None
     args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT)
     resolve(args)
     common.check_ranges(args, RANGES)
-    if checkpoint is not None and args.epochs != checkpoint["args"].get("epochs"):
+    saved = checkpoint["args"] if checkpoint else vars(args)
+    if args.epochs != saved.get("epochs") and args.iterations == saved["iterations"]:
         args.iterations = None  # counted anew
     return args, file, checkpoint
 

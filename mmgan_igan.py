@@ -168,7 +168,7 @@ class Args:
     num_fake: int = 5000
     """Generated images for FID [ours, as in GN-GAN]."""
     num_is: Optional[int] = None
-    """Generated images for the Inception Score. Default: --num-fake; cifar10: 50,000 [paper]."""
+    """Generated images for the Inception Score. Default: --num-fake; cifar10: 50,000 [Improved GAN's paper]."""
     inception_weights: Optional[str] = None
     """A file of torch-fidelity's Inception weights. Default: downloaded once."""
 
@@ -255,7 +255,7 @@ def weight_norm(layer: nn.Module, init_std: float = 1.0, train_scale: bool = Fal
 
 
 class Generator(nn.Module):
-    """z [B, latent_dim] -> images [B, C, size, size] in [-1, 1]; the notation is for size 32, width 1."""
+    """z [B, latent_dim] -> images [B, 3, size, size] in [-1, 1]; the notation is for size 32, width 1."""
 
     def __init__(self, args: Args):
         super().__init__()
@@ -380,7 +380,7 @@ def draw_noise(n: int, args: Args, rng: torch.Generator) -> Noise:
 
 @torch.no_grad()
 def init_by_data(args: Args, networks: nn.ModuleDict, images: Tensor, rng: torch.Generator) -> None:
-    """Data-dependent initialisation of weight norm's scales and biases, in fp32.
+    """Data-dependent initialisation of weight norm's scales and biases, never in bf16.
 
     On uint8 images [n, 3, H, W] and as many z every weight-normed layer's output gets mean 0 and
     deviation init_std. Minibatch discrimination's nearest sample gets a mean distance of 2, and its
@@ -591,7 +591,7 @@ class History(nn.Module):
 # A loss that begins as a term is a copy of it, so that a `loss += ...` cannot change the term.
 def discriminator_objective(args: Args, networks: nn.ModuleDict, x: Tensor, fake: Tensor,
                             real_noise: Noise, fake_noise: Noise) -> tuple[Tensor, Terms]:
-    """L_D of Eq. 10 for images [B, C, H, W] in [-1, 1]; cross-entropy halved, as in the original."""
+    """L_D of Eq. 10 for images [B, 3, H, W] in [-1, 1]; cross-entropy halved, as in the original."""
     D = networks["discriminator"]
     real_map, fake_map = D.features(x, real_noise), D.features(fake, fake_noise)
     real_logit, fake_logit = D.logit(real_map), D.logit(fake_map)
@@ -618,7 +618,7 @@ def discriminator_objective(args: Args, networks: nn.ModuleDict, x: Tensor, fake
 def generator_objective(args: Args, networks: nn.ModuleDict, x: Tensor, fake: Tensor,
                         real_noise: Noise, fake_noise: Noise
                         ) -> tuple[Tensor, Terms, Optional[Averages]]:
-    """L_G^final of Eq. 10, or a baseline's loss, for images [B, C, H, W] in [-1, 1].
+    """L_G^final of Eq. 10, or a baseline's loss, for images [B, 3, H, W] in [-1, 1].
 
     Its third result is the averages to store, None in a baseline.
     """
@@ -668,7 +668,7 @@ def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.opti
     initialised.
 
     Improved GAN's code has its epsilon inside the root: 1e-8 there is 1e-4 here, but for gradients
-    near 1e-4. MMGAN's G has 1e-8, since the moving averages make its gradients small [ours].
+    near 1e-4. MMGAN's G has 1e-8: with --manifold-scale one its gradients are far below 1e-4 [ours].
     """
     capturable = next(networks.parameters()).device.type == "cuda" and args.cuda_graph
     settings = dict(lr=args.lr, betas=(args.beta1, args.beta2), fused=True, capturable=capturable)
@@ -694,12 +694,12 @@ def draw_latents(n: int, args: Args, rng: torch.Generator) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images [B, C, H, W] as networks take and make them: fp32 in [-1, 1]."""
+    """uint8 images [B, 3, H, W] as networks take and make them: fp32 in [-1, 1]."""
     return images.to(torch.float32, memory_format=torch.channels_last) / 128 - 127.5 / 128
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Networks' images [B, C, H, W] as uint8."""
+    """Networks' images [B, 3, H, W] as uint8."""
     return (x * 128 + 127.5 + 0.5).clamp(0, 255).to(torch.uint8).contiguous()
 
 
@@ -707,7 +707,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
                     rng: torch.Generator) -> training.TrainStep:
     """`train_step(images)`: one iteration of Algorithm 1, in place; returns losses and terms.
 
-    images: uint8 [B, C, H, W], this process's share of the mini-batch. z and D's noise are drawn
+    images: uint8 [B, 3, H, W], this process's share of the mini-batch. z and D's noise are drawn
     from `rng`, which is seeded anew before each iteration. Nothing in the step waits for the
     device.
     """
@@ -778,7 +778,7 @@ def data_order(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
 
 
 def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) -> Tensor:
-    """This process's share of an iteration's mini-batch, uint8 [B, C, H, W] on the device.
+    """This process's share of an iteration's mini-batch, uint8 [B, 3, H, W] on the device.
 
     It is a function of args.seed and the iteration alone. A pass's last mini-batch is filled up
     from the next pass.
@@ -797,7 +797,7 @@ def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) 
 
 @torch.no_grad()
 def sample_images(generator: Generator, z: Tensor) -> Tensor:
-    """G(z) in evaluation mode as uint8 [n, C, H, W]."""
+    """G(z) in evaluation mode as uint8 [n, 3, H, W]."""
     mode = generator.training
     images = to_bytes(generator.eval()(z))
     generator.train(mode)
@@ -805,10 +805,10 @@ def sample_images(generator: Generator, z: Tensor) -> Tensor:
 
 
 def make_sampler(generator: Generator, args: Args, device: torch.device) -> Callable[[int], Tensor]:
-    """A function from n to n new images, uint8 [n, C, H, W].
+    """A function from n to n new images, uint8 [n, 3, H, W].
 
-    Its draws are its own: the same for every evaluation, and none of training's (whose keys have
-    one number less), so that how often one evaluates changes nothing.
+    Its draws are its own: the same for every evaluation, and none of training's (whose keys have no
+    third number, which is as 0), so that how often one evaluates changes nothing.
     """
     own = training.own_slice(args.batch_size)
     rng = torch.Generator(device).manual_seed(draw_seed(args.seed, 0, 1 + own.start))
@@ -833,15 +833,15 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
         training.check_data(checkpoint, header["data"], args.data_dir)
         training.restore(checkpoint, networks, optimizers)
         start, seconds = checkpoint["iteration"], checkpoint["seconds"]
-    lr = torch.tensor(args.lr, device=device)  # filled in place: a captured graph reads it
-    for optimizer in optimizers.values():
-        optimizer.param_groups[0]["lr"] = lr
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
         images = images.to(device)  # gathered there; a set too large for it in the host's memory
     rng = torch.Generator(device)
     if checkpoint is None:  # on 500 images, as in Improved GAN's code
         some = images[data_order(len(images), args.seed, 0, images.device)[:500]].to(device)
         init_by_data(args, networks, some, rng.manual_seed(draw_seed(args.seed, 0, 0, 1)))
+    lr = torch.tensor(args.lr, device=device)  # filled in place: a captured graph reads it
+    for optimizer in optimizers.values():
+        optimizer.param_groups[0]["lr"] = lr
     train_step = make_train_step(args, networks, optimizers, rng)
     if args.cuda_graph and device.type == "cuda":
         train_step = training.GraphedStep(train_step, rng)
@@ -945,7 +945,8 @@ def parse_args(argv: Optional[list[str]] = None
     args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT)
     resolve(args)
     common.check_ranges(args, RANGES)
-    if checkpoint is not None and args.epochs != checkpoint["args"].get("epochs"):
+    saved = checkpoint["args"] if checkpoint else vars(args)
+    if args.epochs != saved.get("epochs") and args.iterations == saved["iterations"]:
         args.iterations = None  # counted anew
     if args.image_size % 8:
         raise UserError(f"--image-size is {args.image_size}: it must be a multiple of 8")

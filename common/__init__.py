@@ -60,7 +60,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         try:
             sys.exit(main())
         except torch.OutOfMemoryError:
-            error = "out of GPU memory: lower --batch-size or --width"
+            error = "out of GPU memory: lower --batch-size, --width or --num-seeds (which of them there are: --help)"
         except (UserError, OSError) as caught:
             error = caught
         except Exception as caught:
@@ -236,9 +236,14 @@ def parse(cls: type, argv: Optional[list[str]], description: str, script: str
                         f"{script}.py that wrote it")
     if args.resume and "optimizers" not in checkpoint:
         raise UserError(f"{file} holds G alone: give --resume the run folder or its checkpoint.pt")
-    args = read(default=cls(**saved))
-    for name in {"run_dir", "run_name"} & saved.keys():
-        setattr(args, name, saved[name])  # the run stays where it is
+    began = cls(**saved)
+    args = read(default=began)
+    if args.resume and (args.run_dir, args.run_name) != (began.run_dir, began.run_name):
+        named = expand(os.path.join(args.run_dir, args.run_name or file.parent.name))
+        if os.path.realpath(named) != os.path.realpath(file.parent):
+            raise UserError(f"the run of {file} goes on where it is, not in {named}: to branch it off, copy its folder "
+                            "and --resume the copy")
+    args.run_dir, args.run_name = began.run_dir, began.run_name
     for name, value in vars(args).items():
         differs = name not in OF_ONE_CALL and (name not in saved or value != saved[name])
         if differs and (started() == 1 or os.environ["RANK"] == "0"):

@@ -68,7 +68,8 @@ def load(name: str, root: str | os.PathLike, image_size: int) -> torch.Tensor:
 
     name: cifar10 (50,000 of 32x32), stl10 (the 100,000 unlabelled, resized from 96x96), mnist (60,000
     of 28x28, C = 1), celeba (202,599; the central 108x108, resized) or folder (RGB; the central square,
-    resized). Resizing is bilinear and antialiased. Official files that are there are used, subsets too.
+    resized). Resizing is bilinear and antialiased. Official files that are there are used, unpacked ones too,
+    even if they are fewer.
     root: the folder that data sets are kept in and downloaded to. Of `folder`: the .zip of images, or the
     directory, which is searched recursively.
 
@@ -362,8 +363,10 @@ def in_threads(work: Callable[[int], None], count: int) -> list[tuple[int, str]]
 
 
 def celeba(root: pathlib.Path) -> tuple[object, Callable]:
-    """The folder or .zip of aligned CelebA images in `root` or `root`/celeba; downloaded if missing."""
+    """The folder or .zip of aligned CelebA images: `root`, or in it or `root`/celeba; downloaded if missing."""
     name = "img_align_celeba.zip"
+    if root.name in ("img_align_celeba", name) and root.exists():
+        return image_files(root, crop=108)
     for folder in (root, root / "celeba"):
         for path in (folder / "img_align_celeba", folder / name):
             if path.exists():
@@ -506,7 +509,8 @@ def open_files(files: Sequence[pathlib.Path], official: type, names: Sequence[st
             with open(file, "rb") as stream:
                 yield file, file.stat().st_size, stream
         elif not utils.check_integrity(file, official.tgz_md5):
-            raise damaged(file, ValueError("its checksum is not the official one (is it still being copied?)"))
+            raise damaged(file, ValueError("its checksum is not the official one (is it still being copied, or a "
+                                           "subset, which is taken unpacked?)"))
         else:
             with tarfile.open(file, "r|gz") as archive:  # read in its order, never unpacked
                 for member in archive:
@@ -529,8 +533,8 @@ def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[pathlib.
             fetch(path)
         except Exception as error:  # urllib, http, ssl, torchvision and gdown each have their own
             size = f"{path.stat().st_size:,} bytes" if path.exists() else "nothing"
-            no_connection = isinstance(error, urllib.error.URLError)
-            raise explain("no connection" if no_connection else f"failed or cut off, {size} came", error) from None
+            answered = not isinstance(error, urllib.error.URLError) or isinstance(error, urllib.error.HTTPError)
+            raise explain(f"failed or cut off, {size} came" if answered else "no connection", error) from None
         finally:
             socket.setdefaulttimeout(timeout)
 
@@ -538,8 +542,8 @@ def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[pathlib.
     if file.exists():
         return
     if ending(file.parent.name) == ".zip" or any(ending(path.name) in EXTENSIONS for path in file.parent.glob("*")):
-        raise UserError(f"{file.parent} holds images, and not {title}: to train on them add --dataset folder; to "
-                        f"download {title} give another --data-dir")
+        raise UserError(f"{file.parent} holds images, and not {title}: ask for them by --dataset folder (in a user "
+                        "study by the folder's name), or give another --data-dir")
     new, lock_file = common.missing_folders(file.parent), file.with_name(f".{file.name}.lock")
     try:
         with lock(lock_file, wait=math.inf):

@@ -399,8 +399,12 @@ def restore(checkpoint: dict, networks: nn.ModuleDict, optimizers: dict[str, tor
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizers"][name]})
     except Exception as error:  # whatever PyTorch raises of entries that are not there, or of another kind
-        raise UserError(f"the checkpoint does not fit {checkpoint['script']}.py with these flags (has one of them "
-                        f"changed since?): {reason(error)}") from None
+        raise unfit(checkpoint, reason(error)) from None
+
+
+def unfit(checkpoint: dict, why: str) -> UserError:
+    return UserError(f"the checkpoint does not fit {checkpoint['script']}.py with these flags (has one of them changed "
+                     f"since?): {why}")
 
 
 def check_data(checkpoint: dict, data: list[int], data_dir: str) -> None:
@@ -449,7 +453,7 @@ def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional
         planned, done = checkpoint["args"]["iterations"], checkpoint["iteration"]
         if getattr(args, "lr_schedule", "constant") != "constant" and args.iterations != planned:
             raise UserError(f"--iterations is {args.iterations}: --lr-schedule {args.lr_schedule} was begun for "
-                            f"{planned}; leave --iterations out, or start a new run")
+                            f"{planned}; leave --iterations (and --epochs) out, or start a new run")
         if args.iterations < done:
             raise UserError(f"--iterations is {args.iterations}: the run is already at {done}; give more")
     if len(images) < args.batch_size:
@@ -599,7 +603,6 @@ def restore_tensors(checkpoint: dict, state: dict) -> None:
     for path in sorted(tensors.keys() | saved.keys()):
         here, there = (list(t[path].shape) if isinstance(t.get(path), Tensor) else "nothing" for t in (tensors, saved))
         if here != there:
-            raise UserError(f"the checkpoint does not fit {checkpoint['script']}.py with these flags (has one of them "
-                            f"changed since?): {path} is {there} there, {here} here")
+            raise unfit(checkpoint, f"{path} is {there} there, {here} here")
     for path, tensor in tensors.items():
         tensor.copy_(saved[path])

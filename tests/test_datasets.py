@@ -75,6 +75,8 @@ def test_celeba(tmp_path, packed):
         shutil.make_archive(str(tmp_path / "img_align_celeba"), "zip", tmp_path, "img_align_celeba")
         shutil.rmtree(tmp_path / "img_align_celeba")
     loaded = datasets.load("celeba", tmp_path, 64)
+    itself = tmp_path / ("img_align_celeba.zip" if packed else "img_align_celeba")
+    assert torch.equal(datasets.load("celeba", itself, 64), loaded)
     crop = Image.fromarray(images[3]).crop((35, 55, 143, 163))  # the central 108x108 of 178x218
     expected = np.asarray(crop.resize((64, 64), Image.Resampling.BILINEAR))
     difference = np.abs(loaded[3].permute(1, 2, 0).numpy().astype(int) - expected)
@@ -782,6 +784,9 @@ def test_a_wrong_download(tmp_path, monkeypatch, server):
     server.files["/" + file] = b"<html>Please log in</html>"
     with pytest.raises(UserError, match="failed or cut off, 26 bytes came: File not found or corrupted"):
         datasets.load("cifar10", tmp_path / "data", 32)
+    server.files.clear()
+    with pytest.raises(UserError, match="failed or cut off, nothing came: HTTP Error 404"):
+        datasets.load("cifar10", tmp_path / "data", 32)
     assert not (tmp_path / "data").exists()
 
 
@@ -923,7 +928,7 @@ def test_photos_without_dataset_folder(tmp_path, photos):
     """--data-dir photos alone asks for CIFAR-10, of which 170 MB would be kept among the photos."""
     make_data.image_zip(tmp_path / "photos.zip", count=1)
     make_data.image_folder(tmp_path / "photos", count=1)
-    with pytest.raises(UserError, match="photos.* holds images, and not CIFAR10: .*add --dataset folder"):
+    with pytest.raises(UserError, match="photos.* holds images, and not CIFAR10: .*by --dataset folder"):
         datasets.load("cifar10", tmp_path / photos, 32)
 
 

@@ -334,11 +334,13 @@ def test_more_epochs_later(script, data, tmp_path):
     _, err = run(script, "--resume", tmp_path / "r", "--epochs", 2)
     assert "--epochs 2 (saved: 1)" in err and checkpoint(tmp_path / "r")["iteration"] == 10
     assert json.loads((tmp_path / "r/args.json").read_text())["args"]["iterations"] == 10
+    run(script, "--resume", tmp_path / "r", "--epochs", 4, "--iterations", 12)
+    assert checkpoint(tmp_path / "r")["iteration"] == 12
 
 
 @each("gngan_resnet", "mmgan_igan", scope="module")
 def test_a_schedule_fixes_the_iterations(script, straight):
-    check_errors(script, [(["--iterations is 99", "--lr-schedule", "leave --iterations out"],
+    check_errors(script, [(["--iterations is 99", "--lr-schedule", "leave --iterations (and --epochs) out"],
                            ["--resume", straight, "--iterations", 99])], replaced=["--iterations 99 (saved: 40)"])
 
 
@@ -733,6 +735,9 @@ def test_a_flag_replaces_the_saved_one(script, data, tmp_path):
 @scripts.alike()
 def test_resume_errors(script, straight, data, tmp_path):
     refuse(script, ["holds G alone"], "--resume", straight / "generator.pt")
+    for given in (["--run-name", "branch"], ["--run-dir", tmp_path]):  # that would train on in the old folder
+        refuse(script, ["goes on where it is", "copy its folder"], "--resume", straight, *given)
+    assert script.parse_args(["--resume", str(straight), "--run-name", straight.name])[1].parent == straight
     reason = "was begun for 40" if constant(script) else "the run is already at 40"
     check_errors(script, [(["--iterations is 7", reason], ["--resume", straight, "--iterations", 7])],
                  replaced=["--iterations 7 (saved: 40)"])
