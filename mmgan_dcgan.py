@@ -19,7 +19,6 @@ What to expect: docs/mmgan.md. In brackets behind a flag: where its default come
 """
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -650,19 +649,11 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     # What is shown
     main_process = training.world()[0] == 0  # of torchrun's processes: the one that writes
     records = [r for r in common.read_lines(folder / "metrics.jsonl") if r["iteration"] <= start]
-    writer = None
-    if main_process:
-        if start < args.iterations:  # a finished run stays as it is, whatever the flags
-            common.write_setting(folder, SCRIPT, header["args"])
-        trained = {name: networks[name] for name in optimizers}
-        writer = training.begin_log(folder, args, images, trained, device, checkpoint)
-        if start == 0:
-            real = datasets.encode_grid(get_batch(images, args, 0, device)[:64])
-            training.show_picture(writer, "images/real", real, 0)
+    writer = training.begin_log(folder, args, header, images, networks, device, checkpoint)
     bar = common.progress(total=args.iterations, initial=start, desc=SCRIPT, unit="it",
                           disable=not main_process, postfix="compiling" if args.compile else None)
 
-    with writer or contextlib.nullcontext(), bar:
+    with writer, bar:
         for iteration in range(start, args.iterations + 1):
             last = iteration == args.iterations or training.stopping(signals)
             log = due(args.log_every, iteration, args.iterations, early=True)

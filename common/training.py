@@ -483,17 +483,28 @@ def check_gradient(discriminator: nn.Module, x: Tensor) -> None:
                         "it with the layers, and let no image depend on others, as in batch norm (docs/gngan.md)")
 
 
-def begin_log(folder: pathlib.Path, args, images: Tensor, networks: dict[str, nn.Module], device: torch.device,
+def begin_log(folder: pathlib.Path, args, header: dict, images: Tensor, networks: nn.ModuleDict, device: torch.device,
               checkpoint: Optional[dict]):
-    """TensorBoard's writer of a run that begins, or goes on from a checkpoint. A line is printed: where, what, how
-    large, and how to watch. networks: those that are trained."""
+    """TensorBoard's writer of a run that begins, or goes on from a checkpoint; of torchrun's processes the first alone
+    has one. args.json is written, and a line printed: where, what, how large, and how to watch.
+    header: see `save_checkpoint`."""
+    if world()[0] > 0:
+        return contextlib.nullcontext()
     start = checkpoint["iteration"] if checkpoint else 0
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()):,}" for name, network in networks.items())
+    if start < args.iterations:  # a finished run stays as it is, whatever the flags
+        common.write_setting(folder, header["script"], header["args"])
+    counts = {name: sum(p.numel() for p in network.parameters() if p.requires_grad)
+              for name, network in networks.items()}
+    sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
     on = f", from iteration {start:,} on" if start else ""
     print(f"{folder}: {args.dataset}, {len(images):,} images of {images.shape[2]}x{images.shape[3]}, on "
           f"{describe(device)}{on}; parameters: {sizes}; to watch: tensorboard --logdir {quote(folder)}")
     (folder / "samples").mkdir(exist_ok=True)
     writer = summary_writer(folder, args, start, arguments=start < args.iterations)
+    if start == 0:
+        from common import datasets
+        spread = images[:: max(1, len(images) // 64)][:64]
+        show_picture(writer, "images/real", datasets.encode_grid(spread), 0)
     if checkpoint:  # show its iteration again
         for name, value in checkpoint.get("points", {}).items():
             writer.add_scalar(name, value, start)
