@@ -674,7 +674,6 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     optimizers = init_optimizers(args, networks)
     start, seconds, begin = 0, 0.0, time.perf_counter()
     if checkpoint is not None:
-        training.check_data(checkpoint, header["data"], args.data_dir)
         training.restore(checkpoint, networks, optimizers)
         start, seconds = checkpoint["iteration"], checkpoint["seconds"]
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:

@@ -407,14 +407,6 @@ def unfit(checkpoint: dict, why: str) -> UserError:
                      f"since?): {why}")
 
 
-def check_data(checkpoint: dict, data: list[int], data_dir: str) -> None:
-    """Refuse to go on with other images than the run began with. data: their fingerprint."""
-    began = checkpoint.get("data") or ["none"]
-    if began != data:
-        raise UserError(f"the images in {data_dir} ({data[0]}) are not those that the run began with ({began[0]}): "
-                        "give its --data-dir, or start a new run")
-
-
 # --------------------------------------------------------------------------------------------- start and end of a run
 def open_run(args, file: Optional[pathlib.Path], default_name: str) -> contextlib.AbstractContextManager[pathlib.Path]:
     """The context in which a run has its folder for itself, see `common.run_folder`.
@@ -442,11 +434,13 @@ def open_run(args, file: Optional[pathlib.Path], default_name: str) -> contextli
 def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional[dict]) -> None:
     """Refuse what does not go with the images or the checkpoint; switch off, with a line, what does not work here.
 
-    Refused: other images or checkpoints than torchrun's other processes have; fewer images than a mini-batch has; fewer
-    iterations than the checkpoint has or, where the learning rate follows a schedule, others than it was begun for.
+    Refused: other images or checkpoints than torchrun's other processes have; other images than the run began with;
+    fewer images than a mini-batch has; fewer iterations than the checkpoint has or, where the learning rate follows a
+    schedule, others than it was begun for.
     """
     rank, processes = world()
-    if not agree((fingerprint(images), checkpoint and checkpoint["iteration"])):
+    data = fingerprint(images)
+    if not agree((data, checkpoint and checkpoint["iteration"])):
         raise UserError("torchrun's processes have different images or checkpoints: give all the same data set, and a "
                         "--run-dir on a file system that they share")
     if checkpoint is not None:
@@ -456,6 +450,10 @@ def check_start(args, images: Tensor, device: torch.device, checkpoint: Optional
                             f"{planned}; leave --iterations (and --epochs) out, or start a new run")
         if args.iterations < done:
             raise UserError(f"--iterations is {args.iterations}: the run is already at {done}; give more")
+        began = checkpoint.get("data") or ["none"]
+        if began != data:
+            raise UserError(f"the images in {args.data_dir} ({data[0]}) are not those that the run began with "
+                            f"({began[0]}): give its --data-dir, or start a new run")
     if len(images) < args.batch_size:
         fits = len(images) // processes * processes
         advice = f"give --batch-size {fits}" if fits >= 2 * processes else f"{2 * processes} are needed at least"
