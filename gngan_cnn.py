@@ -672,10 +672,10 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
     networks = init_networks(args, device)
     training.check_gradient(networks["discriminator"], to_float(images[:2]))
     optimizers = init_optimizers(args, networks)
-    start, seconds, begin = 0, 0.0, time.perf_counter()
+    start, begin = 0, time.perf_counter()
     if checkpoint is not None:
         training.restore(checkpoint, networks, optimizers)
-        start, seconds = checkpoint["iteration"], checkpoint["seconds"]
+        start, begin = checkpoint["iteration"], begin - checkpoint["seconds"]
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
         images = images.to(device)  # gathered there; a set too large for it in the host's memory
     rng = torch.Generator(device)
@@ -730,8 +730,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
             # Checkpoint
             if unwritten and save:
                 writer.flush()
-                so_far = {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
-                          "points": points}
+                so_far = {"iteration": iteration, "seconds": time.perf_counter() - begin, "points": points}
                 training.save_checkpoint(folder, header | so_far, networks, optimizers, sampled)
 
             # Scores
@@ -742,7 +741,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
                     return False
                 records.append({"iteration": iteration, **scores,
                                 "images_per_second": training.images_per_second(bar, args.batch_size),
-                                "seconds": round(seconds + time.perf_counter() - begin, 2)})
+                                "seconds": round(time.perf_counter() - begin, 2)})
                 if main_process:
                     common.write_lines(folder / "metrics.jsonl", records)
                     training.show_scores(writer, records[-1])

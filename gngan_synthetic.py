@@ -861,12 +861,12 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
     # Networks and optimisers of all seeds
     networks = init_networks(args)
     state = {"networks": networks, "optimizers": init_optimizers(args, networks)}
-    start, seconds, begin = 0, 0.0, time.perf_counter()
+    start, begin = 0, time.perf_counter()
     losses: Terms = {}
     frames: list[Tensor] = []
     if checkpoint is not None:
         training.restore_tensors(checkpoint, state)
-        start, seconds = checkpoint["iteration"], checkpoint["seconds"]
+        start, begin = checkpoint["iteration"], begin - checkpoint["seconds"]
         losses, frames = checkpoint["losses"], checkpoint["frames"]
     length = epoch_length(args)
     total = args.epochs * length
@@ -907,7 +907,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 training.check_finite(training.flatten(networks), when, folder)
             if unwritten and save:
                 writer.flush()
-                contents = {**header, "iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
+                contents = {**header, "iteration": iteration, "seconds": time.perf_counter() - begin,
                             "method": args.method, **state, "frames": frames}
                 common.write_atomically(
                     folder / "checkpoint.pt", functools.partial(training.save, contents),
@@ -957,7 +957,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                 block = max(1, int(0.5 * (iteration - since[0]) / passed))
                 since = iteration, time.perf_counter()
 
-    return {"iteration": iteration, "seconds": seconds + time.perf_counter() - begin,
+    return {"iteration": iteration, "seconds": time.perf_counter() - begin,
             "networks": state["networks"], "frames": frames}
 
 
