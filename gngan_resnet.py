@@ -597,8 +597,7 @@ def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
     if args.autoencoder:
         networks["encoder"] = Encoder(args)
     if args.ema:
-        averaged = copy.deepcopy(networks["generator"])
-        networks["generator_ema"] = averaged.requires_grad_(False).eval()
+        networks["generator_ema"] = copy.deepcopy(networks["generator"]).requires_grad_(False)
     return networks.to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
 
 
@@ -727,9 +726,8 @@ def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) 
 @torch.no_grad()
 def sample_images(generator: Generator, z: Tensor) -> Tensor:
     """G(z) in evaluation mode as uint8 [n, 3, H, W]."""
-    mode = generator.training
     images = to_bytes(generator.eval()(z))
-    generator.train(mode)
+    generator.train()
     return images
 
 

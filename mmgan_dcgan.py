@@ -490,8 +490,7 @@ def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
     if not args.baseline:
         networks["averages"] = MovingAverages(networks["discriminator"].linear.in_features)
     if args.ema:
-        averaged = copy.deepcopy(networks["generator"])
-        networks["generator_ema"] = averaged.requires_grad_(False).eval()
+        networks["generator_ema"] = copy.deepcopy(networks["generator"]).requires_grad_(False)
     return networks.to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
 
 
@@ -600,9 +599,8 @@ def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) 
 @torch.no_grad()
 def sample_images(generator: Generator, z: Tensor) -> Tensor:
     """G(z) in evaluation mode as uint8 [n, C, H, W]."""
-    mode = generator.training
     images = to_bytes(generator.eval()(z))
-    generator.train(mode)
+    generator.train()
     return images
 
 
