@@ -354,13 +354,10 @@ def neighbor_embedding(latents: Tensor, images: Tensor) -> Tensor:
     latents [n, d], images [n, C, H, W] generated from them: p is over the latents, q over the
     images. Its gradient reaches both. Identical points give finite gradients.
     """
-    with torch.autocast(latents.device.type, enabled=False):
-        p = pairwise_affinities(latents.flatten(1))
-        q = pairwise_affinities(images.flatten(1))
-        others = ~torch.eye(len(p), dtype=torch.bool, device=p.device)
-        p = torch.where(others, p, 1.0)  # log 1 = 0 where i = j
-        q = torch.where(others, q, 1.0)
-        return (p * (p.log() - q.log())).sum()
+    itself = torch.eye(len(latents), device=latents.device)  # log 1 = 0 where i = j
+    p = pairwise_affinities(latents) + itself
+    q = pairwise_affinities(images.flatten(1)) + itself
+    return (p * (p.log() - q.log())).sum()
 
 
 def reconstruction_error(real: Tensor, reconstruction: Tensor) -> Tensor:
