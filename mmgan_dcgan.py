@@ -403,10 +403,8 @@ class MovingAverages(nn.Module):
 
     def with_batch(self, args: Args, real: Tensor, fake: Tensor) -> Averages:
         """The averages with a mini-batch's features [n, d] blended in; nothing is stored, see `store`."""
-        width = torch.ones((), device=real.device)
-        if args.kernel_width is not None:
-            width = width * args.kernel_width
-        elif args.kernel in ("poly", "rbf", "exp"):
+        width = torch.full((), args.kernel_width or 1.0, device=real.device)
+        if args.kernel_width is None and args.kernel in ("poly", "rbf", "exp"):
             of_real = typical_width(real, args.kernel)
             of_all = typical_width(torch.cat([real, fake]), args.kernel)
             width = self.blend(self.kernel_width, (of_real + of_all) / 2)
