@@ -782,9 +782,7 @@ def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) 
     epoch, position = divmod(iteration * args.batch_size, len(images))
     order = functools.partial(data_order, len(images), args.seed, device=images.device)
     index = order(epoch)[position : position + args.batch_size]
-    missing = args.batch_size - len(index)
-    if missing:
-        index = torch.cat([index, order(epoch + 1)[:missing]])
+    index = torch.cat([index, order(epoch + 1)[: args.batch_size - len(index)]])
     batch = images[index[training.own_slice(args.batch_size)]]
     if device.type == "cuda" and batch.device.type == "cpu":
         batch = batch.pin_memory()
