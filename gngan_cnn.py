@@ -551,8 +551,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
     """
     G, D = networks["generator"], networks["discriminator"]
 
-    def prepare(function: Callable) -> Callable:
-        """The function, compiled with --compile: the losses are, while optimisers and draws stay outside."""
+    def prepare(function: Callable) -> Callable:  # the losses; optimisers and draws are not compiled
         return torch.compile(function, fullgraph=True, dynamic=False) if args.compile else function
 
     ae_objective = prepare(functools.partial(autoencoder_objective, args, networks))

@@ -709,8 +709,7 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
     """
     G, D = networks["generator"], networks["discriminator"]
 
-    def prepare(function: Callable) -> Callable:
-        """The function, compiled with --compile: the losses are, while optimisers and draws stay outside."""
+    def prepare(function: Callable) -> Callable:  # the losses; optimisers and draws are not compiled
         return torch.compile(function, fullgraph=True, dynamic=False) if args.compile else function
 
     d_objective = prepare(functools.partial(discriminator_objective, args, networks))
