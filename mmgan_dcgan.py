@@ -662,16 +662,15 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
                 training.check_finite(networks.state_dict(), f"iteration {iteration}", folder)
             points = {}  # TensorBoard's of this iteration
             if unwritten and log:
-                values = {name: value.item() for name, value in losses.items()}
-                points = {f"losses/{name}": value for name, value in values.items()}
+                points = {f"losses/{name}": value.item() for name, value in losses.items()}
                 rate = training.images_per_second(bar, args.batch_size)
                 if rate is not None:
                     points["charts/images_per_second"] = rate
                 points["charts/learning_rate"] = args.lr
                 for name, value in points.items():
                     writer.add_scalar(name, value, iteration)
-                shown = [n for n in ("discriminator", "generator") if n in values]
-                bar.set_postfix({name[0].upper(): f"{values[name]:.3g}" for name in shown}, refresh=False)
+                shown = ("discriminator", "generator")
+                bar.set_postfix({name[0].upper(): f"{losses[name]:.3g}" for name in shown}, refresh=False)
 
             # Samples
             if unwritten and sample:
