@@ -890,7 +890,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                           postfix="compiling" if compiled else None)
 
     state["losses"] = losses
-    iteration, sent, block, since = start, [start], 1, (start, time.perf_counter())
+    iteration, sent, rate = start, [start], None
     with writer, bar, training.Workers(shares, prepare, folder) as train_shares:
         while True:
             epoch, position = divmod(iteration, length)
@@ -927,7 +927,6 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                     writer.add_scalar(f"metrics/{name}", np.mean(value), epoch)
                 for name, value in state["losses"].items():
                     writer.add_scalar(f"losses/{name}", value.mean().item(), epoch)
-                rate = training.images_per_second(bar, batch_size=1)
                 if rate is not None:
                     writer.add_scalar("charts/iterations_per_second", rate, epoch)
                 writer.add_scalar("charts/learning_rate", learning_rate(args, iteration), epoch)
@@ -939,12 +938,12 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
                     model = {"iteration": iteration, "networks": networks}
                     draw_pictures(args, folder, {args.method: model})
                     bar.unpause()  # the rate is of training alone
-                    since = iteration, time.perf_counter()
 
             # Train in blocks, which end with an epoch. Four are sent ahead, so that no process waits
             # for another that is slower for a moment. A signal waits for one, about half a second.
             if last:
                 break
+            block = max(1, int(0.5 * (rate or 0)))
             while sent[-1] < total and len(sent) <= 4:
                 stop = min(sent[-1] + block, (sent[-1] // length + 1) * length)
                 train_shares.send(sent[-1], stop)
@@ -952,10 +951,7 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
             state = join_shares(train_shares.receive(), args.num_seeds)
             training.show_iterations(bar, iteration == start, number=sent[1] - iteration)
             sent, iteration = sent[1:], sent[1]
-            passed = time.perf_counter() - since[1]
-            if passed > 0.5:
-                block = max(1, int(0.5 * (iteration - since[0]) / passed))
-                since = iteration, time.perf_counter()
+            rate = training.images_per_second(bar, batch_size=1)  # iterations a second
 
     return {"iteration": iteration, "seconds": time.perf_counter() - begin,
             "networks": state["networks"], "frames": frames}
