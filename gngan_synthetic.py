@@ -862,12 +862,11 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
     networks = init_networks(args)
     state = {"networks": networks, "optimizers": init_optimizers(args, networks)}
     start, begin = 0, time.perf_counter()
-    losses: Terms = {}
     frames: list[Tensor] = []
     if checkpoint is not None:
         training.restore_tensors(checkpoint, state)
         start, begin = checkpoint["iteration"], begin - checkpoint["seconds"]
-        losses, frames = checkpoint["losses"], checkpoint["frames"]
+        frames = checkpoint["frames"]
     length = epoch_length(args)
     total = args.epochs * length
     compiled = args.compile and total >= COMPILE_FROM  # the whole length: a resumed run computes the same
@@ -881,15 +880,14 @@ def train(args: Args, device: torch.device, folder: pathlib.Path, checkpoint: Op
             make_shares(args, state, device, compiled)[0](start, start + 1)  # of copies
 
     # What is shown
-    title = METHODS[args.method].title
     # each of several methods has a TensorBoard folder of its own, so that their curves share a chart
     events = folder / args.method if header["args"]["method"] == "all" else folder
     step = math.ceil(start / length)
     writer = training.summary_writer(events, args, step, arguments=start < total)
-    bar = common.progress(total=total, initial=start, desc=title, unit="it",
+    bar = common.progress(total=total, initial=start, desc=METHODS[args.method].title, unit="it",
                           postfix="compiling" if compiled else None)
 
-    state["losses"] = losses
+    state["losses"] = checkpoint["losses"] if checkpoint else {}
     iteration, sent, rate = start, [start], None
     with writer, bar, training.Workers(shares, prepare, folder) as train_shares:
         while True:
