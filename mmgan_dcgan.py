@@ -438,11 +438,10 @@ def discriminator_objective(args: Args, networks: nn.ModuleDict, x: Tensor,
     real_logit, fake_logit = D.logit(real_map), D.logit(fake_map)
     entropy = cross_entropy(real_logit, fake_logit)
     loss = entropy.clone()
-    terms = {"score_real": torch.sigmoid(real_logit).mean(),
+    terms = {"cross_entropy": entropy, "score_real": torch.sigmoid(real_logit).mean(),
              "score_fake": torch.sigmoid(fake_logit).mean()}
-    if args.baseline or not (args.manifold_in_discriminator or args.correlation_in_discriminator):
+    if args.baseline:
         return loss, terms
-    terms["cross_entropy"] = entropy
     real_features, fake_features = real_map.flatten(1), fake_map.flatten(1)
     if args.manifold_in_discriminator:
         averages = networks["averages"].with_batch(args, real_features, fake_features)
