@@ -430,8 +430,7 @@ def gradient_matching(discriminator: Discriminator, real: Tensor,
 def latent_data_distance(fake: Tensor, reconstruction: Tensor, z: Tensor, latent: Tensor) -> Tensor:
     """Dist-GAN: (E[f(G(E(x))) - f(G(z))] - w E[E(x) - z])^2 with w = sqrt(d_z / d_f), scalar.
 
-    The means are over batch and coordinates. fake and reconstruction: D's features [B, ...] of
-    them.
+    The means are over batch and coordinates. fake and reconstruction: D's features [B, ...].
     """
     weight = math.sqrt(z[0].numel() / fake[0].numel())
     return ((reconstruction - fake).mean() - weight * (latent - z).mean()).square()
@@ -618,8 +617,7 @@ def data_order(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
 def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) -> Tensor:
     """This process's share of an iteration's mini-batch, uint8 [B, C, H, W] on the device.
 
-    It is a function of args.seed and the iteration alone. A pass's last mini-batch is filled up
-    from the next pass.
+    A function of args.seed and the iteration alone. A pass's last one is filled up from the next.
     """
     epoch, position = divmod(iteration * args.batch_size, len(images))
     order = functools.partial(data_order, len(images), args.seed, device=images.device)

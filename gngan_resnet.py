@@ -260,8 +260,7 @@ class Generator(nn.Module):
 
 
 class Block(nn.Module):
-    """D's residual block: [B, a, s, s] -> [B, b, s, s] or, with halve, [B, b, s/2, s/2]. No
-    normalisation.
+    """D's residual block, unnormalised: [B, a, s, s] -> [B, b, s, s] or, with halve, [B, b, s/2, s/2].
 
     The authors halve both branches by a 1x1 convolution of stride 2. It reads every other position:
     what comes before it is computed at those alone. D's first block has no ReLU before it.
@@ -509,8 +508,7 @@ def gradient_matching(discriminator: Discriminator, real: Tensor,
 def latent_data_distance(fake: Tensor, reconstruction: Tensor, z: Tensor, latent: Tensor) -> Tensor:
     """Dist-GAN: (E[f(G(E(x))) - f(G(z))] - w E[E(x) - z])^2 with w = sqrt(d_z / d_f), scalar.
 
-    The means are over batch and coordinates. fake and reconstruction: D's features [B, ...] of
-    them.
+    The means are over batch and coordinates. fake and reconstruction: D's features [B, ...].
     """
     weight = math.sqrt(z[0].numel() / fake[0].numel())
     return ((reconstruction - fake).mean() - weight * (latent - z).mean()).square()
@@ -704,8 +702,7 @@ def data_order(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
 def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) -> Tensor:
     """This process's share of an iteration's mini-batch, uint8 [B, C, H, W] on the device.
 
-    It is a function of args.seed and the iteration alone. A pass's last mini-batch is filled up
-    from the next pass.
+    A function of args.seed and the iteration alone. A pass's last one is filled up from the next.
     """
     epoch, position = divmod(iteration * args.batch_size, len(images))
     order = functools.partial(data_order, len(images), args.seed, device=images.device)

@@ -161,10 +161,7 @@ class Args:
 
 
 def resolve(args: Args) -> Args:
-    """Fill in, in place, each default that depends on another flag.
-
-    Iterations counted in epochs wait for the data set, see `main`.
-    """
+    """Fill in, in place, each default that depends on another flag; iterations by epochs: see `main`."""
     if args.image_size is None:
         args.image_size = {"mnist": 28, "celeba": 64}.get(args.dataset, 32)
     if args.num_is is None and args.dataset == "cifar10":
@@ -295,8 +292,7 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
     """K(a, b) of points a and b [..., d], [...] [offset and degree of poly: ours].
 
-    Distances are norms of differences: from inner products they would lose the last digits of near
-    points.
+    Distances are norms of differences: inner products would lose the last digits of near points.
     """
     if name == "linear":  # no matrix product, which could be in TF32
         return (a * b).sum(-1)
@@ -346,11 +342,9 @@ def manifold_distance(real: Manifold, fake: Manifold, alpha: float, name: str,
 
 
 def correlation_penalty(features: Tensor) -> Tensor:
-    """R_G = |I - A|_F (Eq. 9), A the correlations between the samples of features [n, d] over d;
-    scalar.
+    """R_G = |I - A|_F (Eq. 9), scalar; A: the correlations between samples of features [n, d] over d.
 
-    A sample that is constant over its features, for which no correlation is defined, counts as
-    uncorrelated.
+    A sample that is constant over its features, and so has no correlation, counts as uncorrelated.
     """
     features = features.double()  # as everywhere, no matrix product in TF32
     centred = features - features.mean(1, keepdim=True)
@@ -577,8 +571,7 @@ def data_order(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
 def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) -> Tensor:
     """This process's share of an iteration's mini-batch, uint8 [B, C, H, W] on the device.
 
-    It is a function of args.seed and the iteration alone. A pass's last mini-batch is filled up
-    from the next pass.
+    A function of args.seed and the iteration alone. A pass's last one is filled up from the next.
     """
     epoch, position = divmod(iteration * args.batch_size, len(images))
     order = functools.partial(data_order, len(images), args.seed, device=images.device)

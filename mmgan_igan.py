@@ -173,10 +173,7 @@ class Args:
 
 
 def resolve(args: Args) -> Args:
-    """Fill in, in place, each default that depends on another flag.
-
-    Iterations counted in epochs wait for the data set, see `main`.
-    """
+    """Fill in, in place, each default that depends on another flag; iterations by epochs: see `main`."""
     if args.num_is is None and args.dataset == "cifar10":
         args.num_is = 50_000
     return args
@@ -184,8 +181,7 @@ def resolve(args: Args) -> Args:
 
 # ------------------------------------------------------------------------------- networks
 class BatchNorm(nn.Module):
-    """Batch norm without gain on [B, C, H, W]. A training batch is normalised by its own
-    statistics.
+    """Batch norm without gain on [B, C, H, W]; of a training batch by its own statistics.
 
     The running statistics are moved only if told to: once an iteration, however often G is run.
     They begin at 0, and evaluation divides them by `running_weight`, the weight of all batches so
@@ -238,8 +234,7 @@ class VirtualBatchNorm(nn.Module):
 
 
 def weight_norm(layer: nn.Module, init_std: float = 1.0, train_scale: bool = False) -> nn.Module:
-    """A convolution or linear layer with weight g v / |v|, one g an output channel; g is trained
-    only on demand.
+    """A convolution or linear layer with weight g v / |v|, one g an output channel, trained on demand.
 
     `init_by_data` gives its output the deviation init_std.
     """
@@ -358,8 +353,7 @@ class Discriminator(nn.Module):
 
 
 def draw_noise(n: int, args: Args, rng: torch.Generator) -> Noise:
-    """What D disturbs n training images by: noise on them, and dropout masks of 0.5 after each
-    stride.
+    """What disturbs n training images in D: noise on them, dropout masks of 0.5 after each stride.
 
     On the images, [n, 3, 32, 32]: Gaussian noise of deviation 0.2 (minibatch) or a dropout mask of
     0.2. The other masks are [n, 96, 16, 16] and [n, 192, 8, 8].
@@ -428,8 +422,7 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 def kernel(a: Tensor, b: Tensor, name: str, width: Tensor | float) -> Tensor:
     """K(a, b) of points a and b [..., d], [...] [offset and degree of poly: ours].
 
-    Distances are norms of differences: from inner products they would lose the last digits of near
-    points.
+    Distances are norms of differences: inner products would lose the last digits of near points.
     """
     if name == "linear":  # no matrix product, which could be in TF32
         return (a * b).sum(-1)
@@ -479,11 +472,9 @@ def manifold_distance(real: Manifold, fake: Manifold, alpha: float, name: str,
 
 
 def correlation_penalty(features: Tensor) -> Tensor:
-    """R_G = |I - A|_F (Eq. 9), A the correlations between the samples of features [n, d] over d;
-    scalar.
+    """R_G = |I - A|_F (Eq. 9), scalar; A: the correlations between samples of features [n, d] over d.
 
-    A sample that is constant over its features, for which no correlation is defined, counts as
-    uncorrelated.
+    A sample that is constant over its features, and so has no correlation, counts as uncorrelated.
     """
     features = features.double()  # as everywhere, no matrix product in TF32
     centred = features - features.mean(1, keepdim=True)
@@ -659,8 +650,7 @@ def init_networks(args: Args, device: torch.device) -> nn.ModuleDict:
 
 
 def init_optimizers(args: Args, networks: nn.ModuleDict) -> dict[str, torch.optim.Adam]:
-    """One Adam a network, of all its weights but the scales of weight norm that stay as
-    initialised.
+    """One Adam a network, of all its weights but weight norm's scales that stay as initialised.
 
     Improved GAN's code has its epsilon inside the root: 1e-8 there is 1e-4 here, but for gradients
     near 1e-4. MMGAN's G has 1e-8: with --manifold-scale one its gradients are far below 1e-4 [ours].
@@ -702,9 +692,8 @@ def make_train_step(args: Args, networks: nn.ModuleDict, optimizers: dict[str, t
                     rng: torch.Generator) -> training.TrainStep:
     """`train_step(images)`: one iteration of Algorithm 1, in place; returns losses and terms.
 
-    images: uint8 [B, 3, H, W], this process's share of the mini-batch. z and D's noise are drawn
-    from `rng`, which is seeded anew before each iteration. Nothing in the step waits for the
-    device.
+    images: uint8 [B, 3, H, W], this process's share of the mini-batch. z and D's noise are of
+    `rng`, which is seeded anew before each iteration. Nothing in the step waits for the device.
     """
     G, D = networks["generator"], networks["discriminator"]
 
@@ -774,8 +763,7 @@ def data_order(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
 def get_batch(images: Tensor, args: Args, iteration: int, device: torch.device) -> Tensor:
     """This process's share of an iteration's mini-batch, uint8 [B, 3, H, W] on the device.
 
-    It is a function of args.seed and the iteration alone. A pass's last mini-batch is filled up
-    from the next pass.
+    A function of args.seed and the iteration alone. A pass's last one is filled up from the next.
     """
     epoch, position = divmod(iteration * args.batch_size, len(images))
     order = functools.partial(data_order, len(images), args.seed, device=images.device)
