@@ -2,17 +2,19 @@
 CPU can tell of it is tested everywhere: the same tests with a plain call in the graph's place, each step on tensors
 without data, mini-batches on tensors that claim to be on a GPU."""
 import contextlib
+import functools
 import gc
 import math
+import os
 import types
 import weakref
 
+import launcher
 import make_data
 import pytest
 import scripts
 import torch
 from compare import assert_same
-from launcher import run
 from make_runs import UNLIKE
 from scripts import each, each_case
 from steps import CPU, TINY, build, noise
@@ -117,7 +119,8 @@ def assert_close(course, other):
         assert other[name] == pytest.approx(values, rel=1e-3, abs=1e-3), name
 
 
-def test_three_calls_are_eager_and_later_ones_replay():
+@scripts.alike()
+def test_three_calls_are_eager_and_later_ones_replay(script):
     """From the fourth call on, which captures, the step's Python code is not run again. Every call counts once."""
     total = torch.zeros(3, device=DEVICE)
     expected = torch.zeros(3, device=DEVICE)
@@ -232,6 +235,8 @@ def test_resuming_under_a_graph_is_exact(script, case, tmp_path):
     given = ["--dataset", "folder", "--data-dir", data, "--width", "0.03125", "--batch-size", "8", "--latent-dim", "8",
              "--eval-every", "0", "--device", "cuda", "--precision", "fp32", "--deterministic", "--ema", "0.9",
              "--run-dir", tmp_path, *constant, *case]
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    run = functools.partial(launcher.run, environment={"CUDA_VISIBLE_DEVICES": gpus})
     run(script, *given, "--run-name", "straight", "--iterations", 20)
     run(script, *given, "--run-name", "resumed", "--iterations", 9)
     run(script, "--resume", tmp_path / "resumed", "--iterations", 20)

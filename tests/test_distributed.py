@@ -285,6 +285,12 @@ def test_processes_without_torchrun(variables, monkeypatch, capsys):
         assert ("torchrun" in err) == told == (err.count("\n") == 1)
 
 
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda"):
+        training.choose_device("cuda", tf32=False, deterministic=False)
+
+
 def test_more_processes_than_gpus(monkeypatch):
     _store, environments = torchrun_environment(3)
     for name, value in environments[2].items():
@@ -300,7 +306,8 @@ def test_scores(script, tmp_path):
     """Every process samples its share; one writes."""
     weights = make_data.inception_weights(tmp_path / "inception.pth")
     finish(start_together(2, script, *arguments(photos(tmp_path, 12), tmp_path, "r", "--iterations", 2, "--eval-every",
-                                                2, "--num-fake", 10, "--num-real", 4, "--inception-weights", weights)))
+                                                2, "--num-fake", 10, "--num-real", 4, "--inception-weights", weights),
+                          environment={"XDG_CACHE_HOME": str(tmp_path / "cache")}))
     line, = common.read_lines(tmp_path / "r/metrics.jsonl")
     assert line["iteration"] == 2 and line["fid"] > 0
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scripts import each
-from steps import CPU, build, conv, count, noise, shapes
+from steps import CPU, TINY, build, conv, count, noise, shapes
 from torch import nn
 
 from common import UserError, training
@@ -268,6 +268,15 @@ def test_a_discriminator_with_another_gradient_is_refused(script):
     for changed in (Longer, Joint):
         with pytest.raises(UserError, match="logit_and_gradient is .*% off"):
             training.check_gradient(changed(script.resolve(script.Args(width=1 / 16))), x)
+
+
+@every
+def test_a_run_begins_by_a_look_at_the_gradient(script, tmp_path, monkeypatch):
+    right = script.Discriminator.logit_and_gradient
+    monkeypatch.setattr(script.Discriminator, "logit_and_gradient", lambda D, x: [2 * v for v in right(D, x)])
+    args = script.resolve(script.Args(**TINY, dataset="folder", iterations=1, eval_every=0))
+    with pytest.raises(UserError, match="logit_and_gradient is .*% off"):
+        script.train(args, noise(args), CPU, tmp_path, None, None, [])
 
 
 @every

@@ -212,18 +212,18 @@ def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_pa
     bit for bit those of a run left alone. What is printed at the end goes on as it stands, also in a folder whose
     name has a space."""
     process = Process(script, *arguments(data, tmp_path / "my runs", "r", *LONG, "--checkpoint-every", 0))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        wait_for(lambda process=process: "to watch" in process.read("out"), process)
-        time.sleep(0.05)
+    samples = tmp_path / "my runs/r/samples"
+    for number, grid in ((signal.SIGINT, 1), (signal.SIGTERM, 4), (signal.SIGUSR1, 8), (signal.SIGHUP, 16)):
+        wait_for((samples / f"{grid:08d}.png").exists, process)
         process.send_signal(number)
         out, err = process.communicate()
         assert process.returncode == 128 + number and "Traceback" not in err, err
         iteration = checkpoint(tmp_path / "my runs/r")["iteration"]
-        assert (tmp_path / f"my runs/r/samples/{iteration:08d}.png").exists()
+        assert iteration >= grid and (samples / f"{iteration:08d}.png").exists()
         _, file, flag, path = shlex.split(out.splitlines()[-1].split("go on with ")[1])
         assert file == str(ROOT / script.SCRIPT) + ".py"
         process = Process(script, flag, path)
-    assert 0 < checkpoint(tmp_path / "my runs/r")["iteration"] < TOTAL
+    assert checkpoint(tmp_path / "my runs/r")["iteration"] < TOTAL
     _, err = process.communicate()
     assert process.returncode == 0, err
     same_checkpoints(tmp_path / "my runs/r", straight)
@@ -234,7 +234,7 @@ def test_signals_save_and_the_run_resumes_exactly(script, straight, data, tmp_pa
         assert ours == theirs
 
 
-@scripts.alike()
+@each()
 def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
     """By a signal, which makes it end without scores, or by a kill: the run that goes on begins with it."""
     class Evaluator:
@@ -243,7 +243,9 @@ def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
         def __init__(self, outcome):
             self.outcome = outcome
 
-        def score(self, *given, **named):
+        def score(self, sampler, *numbers, stop):
+            assert sampler(2).shape == images[:2].shape and not stop()
+            assert numbers == ((77,) if scripts.is_gngan(script) else (77, 33))  # --num-fake, --num-is
             Evaluator.calls += 1
             return self.outcome()
 
@@ -253,7 +255,9 @@ def test_an_evaluation_cut_short_is_made_up_for(script, tmp_path):
     def good():
         return {"fid": 1.0, "kid_mean": 0.5, "is_mean": 2.0}
 
-    args = script.resolve(script.Args(**TINY, dataset="folder", iterations=4, eval_every=2, sample_every=0))
+    of_is = {} if scripts.is_gngan(script) else {"num_is": 33}
+    args = script.resolve(script.Args(**TINY, dataset="folder", iterations=4, eval_every=2, sample_every=0, num_fake=77,
+                                      **of_is))
     images = noise(dataclasses.replace(args, batch_size=20))
 
     def go_on(folder, outcome):
@@ -326,6 +330,39 @@ def test_more_iterations_later(script, data, tmp_path):
         run(script, *arguments(data, tmp_path, name, "--iterations", iterations, *constant(script)))
     run(script, "--resume", tmp_path / "b", "--iterations", 6)
     same_checkpoints(tmp_path / "a", tmp_path / "b")
+
+
+@scripts.alike()
+def test_a_copied_folder_is_a_branch(script, data, tmp_path):
+    run(script, *arguments(data, tmp_path, "a", "--iterations", 2, *constant(script)))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    before = (tmp_path / "a/checkpoint.pt").read_bytes()
+    run(script, "--resume", tmp_path / "b", "--iterations", 4)
+    assert checkpoint(tmp_path / "b")["iteration"] == 4 and (tmp_path / "a/checkpoint.pt").read_bytes() == before
+
+
+@each()
+def test_what_the_loop_gives_an_iteration(script, tmp_path, monkeypatch):
+    """Draws of --seed and the iteration's number, and the learning rate of that; grids, the same noise each time."""
+    args = script.resolve(script.Args(**TINY, dataset="folder", seed=7, iterations=4, eval_every=0, sample_every=2))
+    make_train_step, sample_images, seen, noises = script.make_train_step, script.sample_images, [], []
+
+    def make_watched(args, networks, optimizers, rng):
+        train_step = make_train_step(args, networks, optimizers, rng)
+
+        def watched(images):
+            seen.append((rng.initial_seed(), float(optimizers["generator"].param_groups[0]["lr"])))
+            return train_step(images)
+
+        return watched
+
+    monkeypatch.setattr(script, "make_train_step", make_watched)
+    monkeypatch.setattr(script, "sample_images", lambda generator, z: noises.append(z) or sample_images(generator, z))
+    assert script.train(args, noise(dataclasses.replace(args, batch_size=20)), CPU, tmp_path, None, None, [])
+    rate = script.learning_rate if hasattr(script, "learning_rate") else lambda args, iteration: args.lr
+    assert [seed for seed, _ in seen] == [training.draw_seed(7, t) for t in range(4)]
+    assert [lr for _, lr in seen] == pytest.approx([rate(args, t) for t in range(4)])
+    assert len(noises) > 2 and all(torch.equal(z, noises[0]) for z in noises)
 
 
 @each("mmgan_dcgan")
@@ -455,7 +492,7 @@ def test_two_runs_of_one_name(script, data, tmp_path):
 @each("gngan_cnn", "gngan_synthetic")
 def test_a_job_that_begins_again_too_early(script, data, tmp_path):
     """A scheduler starts it while its process of before still saves: it waits for that one, and goes on from there."""
-    given = arguments(data, tmp_path, "r", "--iterations", 100000) if script.SCRIPT != "gngan_synthetic" else [
+    given = arguments(data, tmp_path, "r", "--iterations", 100000) if scripts.model(script) != "gngan_synthetic" else [
         "--run-dir", tmp_path, "--run-name", "r", "--num-seeds", 2, "--epochs", 100000, "--no-compile"]
     first = Process(script, *given)
     wait_for(lambda: (tmp_path / "r/checkpoint.pt").exists(), first)
@@ -611,7 +648,7 @@ def test_home_folders_that_do_not_exist(script, straight, monkeypatch):
     refuse(script, ["~/x: no such home folder", "HOME"], "--resume", "~/x")
 
 
-@each()
+@each("gngan_cnn", "mmgan_dcgan", "mmgan_igan")
 def test_none_at_resume(script, data, tmp_path):
     """It asks for the default, as it does at a start."""
     run(script, *arguments(data, tmp_path, "r", "--iterations", 2, *constant(script)))

@@ -9,13 +9,14 @@ import reference_gngan
 import reference_mmgan
 import scripts
 import torch
-from steps import CPU, assert_same_course, build, noise, plain_descent, setup, vector, weights
+from steps import CPU, TINY, assert_same_course, build, noise, plain_descent, setup, vector, weights
 
 from common import training
 
 GNGAN = [*({"neighbor_embedding": ne, "gradient_matching": gm, "autoencoder": ae}
            for ne in (True, False) for gm in (True, False) for ae in (True, False)),
-         {"distgan": True}, {"hinge": True, "lambda_p": 0.5}, {"hinge": False}, {"autoencoder_updates": "encoder"},
+         {"lambda_m1": 2.0, "lambda_m2": 3.0, "alpha": 0.3}, {"distgan": True},
+         {"hinge": True, "lambda_p": 0.5}, {"hinge": False}, {"autoencoder_updates": "encoder"},
          {"penalty": "score", "hinge": False},
          {"hinge": True, "penalty": "rms"}, {"hinge": True, "autoencoder": False, "gradient_matching": False},
          {"hinge": False, "autoencoder": False, "lambda_p": 1.0}]
@@ -98,6 +99,8 @@ def test_compiled_by_the_cpp_compiler_is_eager(script):
 
 
 def compare_compiled(script, setting):
+    if not training.compiles(CPU):
+        pytest.skip("no C++ compiler")
     results = []
     for compiled in (False, True):
         torch.compiler.reset()
@@ -209,6 +212,19 @@ def test_a_value_that_is_only_watched(script, monkeypatch):
     assert losses["norm"] > 0
     assert all(v.dtype == torch.float32 and v.shape == () and not v.requires_grad for v in losses.values())
     assert all(torch.equal(value, plain[name]) for name, value in weights(networks).items())
+
+
+@scripts.each()
+def test_flags_of_networks_and_optimisers(script):
+    """--seed draws the initial weights; every Adam has --lr, --beta1 and --beta2."""
+    args = script.resolve(script.Args(**TINY, lr=0.01, beta1=0.3, beta2=0.7))
+    networks = script.init_networks(args, CPU)
+    for optimizer in script.init_optimizers(args, networks).values():
+        group, = optimizer.param_groups
+        assert (group["lr"], *group["betas"]) == (0.01, 0.3, 0.7)
+    other = script.init_networks(dataclasses.replace(args, seed=2), CPU)
+    assert all((networks[n].state_dict()[k] != v).any() for n in ("generator", "discriminator")
+               for k, v in other[n].state_dict().items() if k.endswith(("linear.weight", "ups.0.weight")))
 
 
 @scripts.each()

@@ -228,7 +228,7 @@ def test_blind(tmp_path):
             assert picture.mode == "RGB" and not picture.info
             lengths.add(len(png))
         assert answer.headers["Cache-Control"] == "no-store" and "ETag" not in answer.headers
-        assert not any(method in answer.text for method in METHODS[1:])
+        assert not any(method in answer.text + str(answer.headers) for method in METHODS[1:])
     assert len(set(names)) == len(names) == 18 and len(lengths) == 1
     images = [np.zeros((8, 8, 3), np.uint8), make_data.pictures(1, 8)[0], make_data.pictures(1, 8, channels=1)[0]]
     assert {len(user_study.encode(image)) for image in images} == {len(page.images[0][1])}
@@ -517,7 +517,7 @@ def test_fifty_participants(tmp_path):
     rows, summary = user_study.tally(study.args.db)
     assert summary.startswith("50 participants, 1,500 votes") and {r["votes"] for r in rows[:3]} == {500}
     p95 = np.quantile(np.concatenate([p.seconds for p in people]), 0.95)
-    assert p95 < 1, p95  # 0.1 on a machine that does nothing else
+    assert p95 < 3, p95  # 0.1 on a machine that does nothing else
 
 
 def test_kill(tmp_path):

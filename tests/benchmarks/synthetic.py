@@ -61,6 +61,10 @@ def plain_loop(args):
 
 
 def main():
+    with tempfile.TemporaryDirectory() as folder:  # first: a child's peak is never below this process's
+        subprocess.run([sys.executable, script.__file__, "--epochs", "15", "--run-dir", folder], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     cores = torch.get_num_threads()
     args = script.resolve(script.Args(num_seeds=SEEDS), "gngan")
     args.processes = cores
@@ -101,10 +105,6 @@ def main():
           f"{minutes(compiled_rate):7.1f} min")
     print(f"compiled against plain, seed for seed: {ratios[ROUNDS // 2]:.1f} times "
           f"(from {ratios[0]:.1f} to {ratios[-1]:.1f}); the first compiled step took {first:.1f} s")
-    with tempfile.TemporaryDirectory() as folder:  # memory of the script as it is run
-        subprocess.run([sys.executable, script.__file__, "--epochs", "15", "--run-dir", folder], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"peak memory of the largest process of a run of 15 epochs, compiling included: {peak:.2f} GiB")
 
 

@@ -20,7 +20,7 @@ context.set_forkserver_preload(["torch.utils.tensorboard", "torchvision.utils", 
 
 
 def main(script, arguments, folder, file_limit, environment, output, closed):
-    os.environ.update(environment)
+    os.environ.update({"CUDA_VISIBLE_DEVICES": "", **environment})  # what is promised bit for bit is of the CPU
     for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run as a background job, or under nohup
         signal.signal(number, signal.SIG_DFL)
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
