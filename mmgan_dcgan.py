@@ -129,8 +129,8 @@ class Args:
     """Updates of G an iteration: Algorithm 1 has 1, DCGAN's code 2."""
 
     # optimisation
-    epochs: int = 25
-    """Passes over the data set, where --iterations is not given [original's code]."""
+    epochs: Optional[int] = None
+    """Passes over the data set, where --iterations is not given. Default: 25 [original's code]."""
     batch_size: int = 64
     """Images a mini-batch, over all processes of torchrun [original's code]."""
     lr: float = 2e-4
@@ -162,6 +162,8 @@ class Args:
 
 def resolve(args: Args) -> Args:
     """Fill in, in place, each default that depends on another flag; iterations by epochs: see `main`."""
+    if args.iterations is None and args.epochs is None:
+        args.epochs = 25
     if args.image_size is None:
         args.image_size = {"mnist": 28, "celeba": 64}.get(args.dataset, 32)
     if args.num_is is None and args.dataset == "cifar10":
@@ -363,7 +365,11 @@ def typical_width(features: Tensor, name: str) -> Tensor:
     if name == "poly":
         return features.square().sum(1).mean() + 1e-12  # dead units: K stays finite
     lengths = distance(features, features.mean(0))
-    return lengths.square().mean() if name == "rbf" else lengths.mean()
+    if name == "rbf":
+        return lengths.square().mean()
+    if name == "exp":
+        return lengths.mean()
+    raise ValueError(f"no width for kernel {name}")
 
 
 def cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
@@ -398,7 +404,7 @@ class MovingAverages(nn.Module):
     def with_batch(self, args: Args, real: Tensor, fake: Tensor) -> Averages:
         """The averages with a mini-batch's features [n, d] blended in; nothing is stored, see `store`."""
         width = torch.full((), args.kernel_width or 1.0, device=real.device)
-        if args.kernel_width is None and args.kernel in ("poly", "rbf", "exp"):
+        if args.kernel_width is None and args.kernel not in ("none", "linear"):
             of_real = typical_width(real, args.kernel)
             of_all = typical_width(torch.cat([real, fake]), args.kernel)
             width = self.blend(self.kernel_width, (of_real + of_all) / 2)
@@ -712,11 +718,11 @@ def parse_args(argv: Optional[list[str]] = None
     """The arguments, resolved and checked; with --resume, --evaluate or --generate also the
     checkpoint's path and contents."""
     args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT)
-    resolve(args)
-    common.check_ranges(args, RANGES)
     saved = checkpoint["args"] if checkpoint else vars(args)
     if args.epochs != saved.get("epochs") and args.iterations == saved["iterations"]:
         args.iterations = None  # counted anew
+    resolve(args)
+    common.check_ranges(args, RANGES)
     return args, file, checkpoint
 
 

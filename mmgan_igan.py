@@ -138,8 +138,8 @@ class Args:
     """With --baseline minibatch: real images' target in D's loss is 1 minus this [Improved GAN's paper]."""
 
     # optimisation
-    epochs: int = 1200
-    """Passes over the data set, where --iterations is not given [original's code]."""
+    epochs: Optional[int] = None
+    """Passes over the data set, where --iterations is not given. Default: 1,200 [original's code]."""
     batch_size: int = 100
     """Images a mini-batch, over all processes of torchrun [original's code]."""
     lr: float = 3e-4
@@ -174,6 +174,8 @@ class Args:
 
 def resolve(args: Args) -> Args:
     """Fill in, in place, each default that depends on another flag; iterations by epochs: see `main`."""
+    if args.iterations is None and args.epochs is None:
+        args.epochs = 1200
     if args.num_is is None and args.dataset == "cifar10":
         args.num_is = 50_000
     return args
@@ -493,7 +495,11 @@ def typical_width(features: Tensor, name: str) -> Tensor:
     if name == "poly":
         return features.square().sum(1).mean() + 1e-12  # dead units: K stays finite
     lengths = distance(features, features.mean(0))
-    return lengths.square().mean() if name == "rbf" else lengths.mean()
+    if name == "rbf":
+        return lengths.square().mean()
+    if name == "exp":
+        return lengths.mean()
+    raise ValueError(f"no width for kernel {name}")
 
 
 def cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
@@ -533,7 +539,7 @@ class MovingAverages(nn.Module):
     def with_batch(self, args: Args, real: Tensor, fake: Tensor) -> Averages:
         """The averages with a mini-batch's features [n, d] blended in; nothing is stored, see `store`."""
         width = torch.full((), args.kernel_width or 1.0, device=real.device)
-        if args.kernel_width is None and args.kernel in ("poly", "rbf", "exp"):
+        if args.kernel_width is None and args.kernel not in ("none", "linear"):
             of_real = typical_width(real, args.kernel)
             of_all = typical_width(torch.cat([real, fake]), args.kernel)
             width = self.blend(self.kernel_width, (of_real + of_all) / 2)
@@ -911,11 +917,11 @@ def parse_args(argv: Optional[list[str]] = None
     """The arguments, resolved and checked; with --resume, --evaluate or --generate also the
     checkpoint's path and contents."""
     args, file, checkpoint = common.parse(Args, argv, __doc__, SCRIPT)
-    resolve(args)
-    common.check_ranges(args, RANGES)
     saved = checkpoint["args"] if checkpoint else vars(args)
     if args.epochs != saved.get("epochs") and args.iterations == saved["iterations"]:
         args.iterations = None  # counted anew
+    resolve(args)
+    common.check_ranges(args, RANGES)
     if args.image_size % 8:
         raise UserError(f"--image-size is {args.image_size}: it must be a multiple of 8")
     return args, file, checkpoint

@@ -549,6 +549,7 @@ def download(title: str, url: str, file: pathlib.Path, fetch: Callable[[pathlib.
         with lock(lock_file, wait=math.inf):
             try:
                 if not file.exists():  # no other process has fetched it meanwhile
+                    print(f"downloading {title} into {file.parent}", file=sys.stderr)
                     write_atomically(file, fetch_or_explain)
             finally:
                 common.remove_unused(new, lock_file)
@@ -563,8 +564,8 @@ def write_images(sample: Callable[[int], torch.Tensor], count: int, out: str | p
     Raises UserError: another picture's ending, a folder that is not empty or cannot be written."""
     path = expand(out)
     one_file = path.suffix in (".npy", ".png")
-    if not one_file and path.suffix.lower() in Image.registered_extensions():
-        raise UserError(f"--out {out}: a grid's name ends in .png")
+    if not one_file and path.suffix.lower() in (".npz", *Image.registered_extensions()):
+        raise UserError(f"--out {out}: a grid's name ends in .png, an array's in .npy")
 
     def write(temporary: pathlib.Path) -> None:
         if path.suffix == ".npy":

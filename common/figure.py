@@ -28,7 +28,10 @@ def read_scores(folder: pathlib.Path, key: str) -> dict[int, tuple[float, tuple]
     try:
         records = [record for record in read_lines(path) if record[key] is not None]
         if not records:
-            raise UserError(f"{folder} has no scores: its metrics.jsonl is not there, or has no {key}")
+            raise UserError(f"{folder} has no scores: its metrics.jsonl is not there (as with --eval-every 0), or has "
+                            f"no {key}")
+        if isinstance(records[0][key], list):
+            raise UserError(f"{path} has {key} of each seed: gngan_synthetic.py's figures are in its run folder")
         return {r["iteration"]: (float(r[key]), tuple((name, r[name]) for name in names if name in r)) for r in records}
     except KeyError as error:
         raise UserError(f"{path} has no {error}; it has {', '.join(read_lines(path)[0])}") from None

@@ -495,6 +495,8 @@ def begin_log(folder: pathlib.Path, args, header: dict, images: Tensor, networks
               for name, network in networks.items()}
     sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
     on = f", from iteration {start:,} on" if start else ""
+    if start == args.iterations:
+        on = f", all {start:,} iterations done before: more by --iterations"
     print(f"{folder}: {args.dataset}, {len(images):,} images of {images.shape[2]}x{images.shape[3]}, on "
           f"{describe(device)}{on}; parameters: {sizes}; to watch: tensorboard --logdir {quote(folder)}")
     (folder / "samples").mkdir(exist_ok=True)

@@ -352,6 +352,7 @@ def test_what_the_figure_shows(tmp_path, monkeypatch):
     (["~nosuchuser/a"], "x.png", "fid", "no such home"), (["a"], "~nosuchuser/x.png", "fid", "no such home"),
     (["G=a", "G=b"], "x.png", "fid", "the runs of G have no scored iteration in common"),
     (["a"], "x.gif", "fid", "a has no grids"), (["a", "b"], "x.gif", "fid", "of one run in .gif"),
+    (["synthetic"], "x.png", "modes", "modes of each seed"),
     (["cut"], "x.gif", "fid", "cannot read cut/samples/00000007.png.*remove it")])
 def test_figures_that_cannot_be_drawn(tmp_path, monkeypatch, runs, out, key, words):
     monkeypatch.chdir(tmp_path)
@@ -360,6 +361,7 @@ def test_figures_that_cannot_be_drawn(tmp_path, monkeypatch, runs, out, key, wor
     (make_run(tmp_path / "cut", {}) / "metrics.jsonl").write_text('{"iteration": 1, "fi')
     (tmp_path / "cut/samples").mkdir()
     (tmp_path / "cut/samples/00000007.png").write_bytes(b"no picture")
+    (make_run(tmp_path / "synthetic", {}) / "metrics.jsonl").write_text('{"iteration": 1, "modes": [9.0, 8.0]}\n')
     (make_run(tmp_path / "damaged", {}) / "metrics.jsonl").write_text('{"iteration": 1, "fi\n{"iteration": 2}\n')
     with pytest.raises(UserError, match=words) as error:
         figure.draw(runs, pathlib.Path(out), key)

@@ -155,6 +155,7 @@ def test_generating(script, straight, tmp_path):
     check_errors(script, [
         (["png is not empty", "--out"], ["--generate", straight, "--out", tmp_path / "png"]),
         (["grid.jpg: a grid's name ends in .png"], ["--generate", straight, "--out", tmp_path / "grid.jpg"]),
+        (["x.npz: ", "an array's in .npy"], ["--generate", straight, "--out", tmp_path / "x.npz"]),
         (["/proc/nowhere", "--out"], ["--generate", straight, "--out", "/proc/nowhere/x.npy"]),
         (["--num-images is 0"], ["--generate", straight, "--num-images", 0])])
 
@@ -373,6 +374,11 @@ def test_more_epochs_later(script, data, tmp_path):
     assert json.loads((tmp_path / "r/args.json").read_text())["args"]["iterations"] == 10
     run(script, "--resume", tmp_path / "r", "--epochs", 4, "--iterations", 12)
     assert checkpoint(tmp_path / "r")["iteration"] == 12
+    run(script, "--resume", tmp_path / "r", "--epochs", 5)
+    assert checkpoint(tmp_path / "r")["iteration"] == 25
+    run(script, *arguments(data, tmp_path, "s", "--iterations", 2))
+    run(script, "--resume", tmp_path / "s", "--epochs", 25)  # the default's number, but it counted iterations
+    assert checkpoint(tmp_path / "s")["iteration"] == 125
 
 
 @each("gngan_resnet", "mmgan_igan", scope="module")
@@ -521,7 +527,7 @@ def test_a_first_checkpoint_that_is_waited_for(script, straight, data, tmp_path,
             with pytest.raises(UserError, match=f"another process is training in {tmp_path / 'r'}$"):
                 script.parse_args([str(a) for a in given])
     out, _ = again.communicate()
-    assert again.returncode == 0 and f"from iteration {TOTAL}" in out
+    assert again.returncode == 0 and f"all {TOTAL} iterations done before" in out
 
 
 @each("gngan_cnn")
