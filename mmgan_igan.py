@@ -866,7 +866,7 @@ def train(args: Args, images: Tensor, device: torch.device, folder: pathlib.Path
                 for name, value in points.items():
                     writer.add_scalar(name, value, iteration)
                 shown = ("discriminator", "generator")
-                bar.set_postfix({name[0].upper(): f"{losses[name]:.3g}" for name in shown}, refresh=False)
+                bar.set_postfix({name[0].upper(): f"{points['losses/' + name]:.3g}" for name in shown}, refresh=False)
 
             # Samples
             if unwritten and sample:
