@@ -4,7 +4,7 @@ figure 3 (a)-(e) and (g), with every kernel, without kernel, without correlation
     python mmgan_dcgan.py                                # MNIST, RBF kernel: table I, the paper's 32.4%
     python mmgan_dcgan.py --dataset cifar10              # figure 3 (g): the paper's Inception Score of 6.96
     python mmgan_dcgan.py --dataset celeba --beta 0      # table I, CelebA without R_G
-    python mmgan_dcgan.py --baseline                     # DCGAN on the same networks
+    python mmgan_dcgan.py --baseline --generator-steps 2 # table I: DCGAN on the same networks
     python mmgan_dcgan.py --dataset folder --data-dir photos --width 0.25 --iterations 20000 --eval-every 0  # photos
 
 A generator G and a discriminator D. D gives each image a feature vector, and MMGAN takes those of real and of generated
