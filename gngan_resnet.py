@@ -109,7 +109,7 @@ class Args:
     autoencoder: bool = True
     """Train an encoder, with G as its decoder; D takes reconstructions for real, with the weight
     --alpha (V_C of Eq. 7).
-    Without: figure 7's standard GAN."""
+    Without: as in figure 7's runs."""
     distgan: bool = False
     """The baseline Dist-GAN (Tran, Bui and Cheung 2018): reconstructions are compared by D's features.
     It has no neighbour embedding and no gradient matching."""
